@@ -1,0 +1,135 @@
+"""Compiled kernels: how they are compiled, and the machine operations numba lacks.
+
+Addresses are plain `int64`; a kernel that takes one trusts it, so its Python caller checks first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _source_stamp() -> str:
+    """Digest of all module sizes and times: a kernel inlines others, so any change renews all."""
+    digest = hashlib.blake2s(digest_size=8)
+    folders = [_PACKAGE, *(_PACKAGE / link for link in ("store", "service"))]
+    for path in sorted({p for folder in folders for p in folder.rglob("*.py")}):
+        stat = path.stat()
+        digest.update(f"{path}:{stat.st_size}:{stat.st_mtime_ns};".encode())
+    return digest.hexdigest()
+
+
+def _cache_dir() -> str | None:
+    """A writable directory for compiled code, or None: then every process compiles anew."""
+    candidates = [
+        os.environ.get("ENGRAM_CACHE_DIR"),
+        os.environ.get("CACHE_DIRECTORY"),
+        os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/engram",
+    ]
+    for candidate in candidates:
+        if not candidate:
+            continue
+        path = Path(candidate).expanduser() / f"kernels-{_source_stamp()}"
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            continue
+        if os.access(path, os.W_OK):
+            return str(path)
+    return None
+
+
+_CACHE_DIR = _cache_dir()
+
+
+def kernel(function: F) -> F:
+    """Compile `function` on first use: without the interpreter lock, cached where possible.
+
+    Loops in kernels check no bounds and division follows NumPy (no exception), so that a kernel
+    can neither raise nor need the interpreter.
+    """
+    if _CACHE_DIR is None:
+        return numba.njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+    # numba picks the cache's place while decorating; the setting is put back at once, because
+    # other users of numba in this process have caches of their own.
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = _CACHE_DIR
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value, bits: int) -> ir.Value:
+    return builder.inttoptr(address, ir.IntType(bits).as_pointer())
+
+
+def _loader(bits: int, result: types.Integer) -> Any:
+    @intrinsic
+    def load(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.load(_pointer(builder, args[0], bits), align=1)
+
+        return result(types.int64), codegen
+
+    return load
+
+
+def _storer(bits: int, value: types.Integer) -> Any:
+    @intrinsic
+    def store(typingctx: Any, address: Any, word: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.store(args[1], _pointer(builder, args[0], bits), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, value), codegen
+
+    return store
+
+
+load_u8: Any = _loader(8, types.uint8)
+load_u32: Any = _loader(32, types.uint32)
+load_u64: Any = _loader(64, types.uint64)
+store_u8: Any = _storer(8, types.uint8)
+store_u32: Any = _storer(32, types.uint32)
+store_u64: Any = _storer(64, types.uint64)
+
+
+@intrinsic
+def _copy_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        cgutils.raw_memcpy(
+            builder, _pointer(builder, args[0], 8), _pointer(builder, args[1], 8), args[2], 1
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _multiply_high(typingctx: Any, left: Any, right: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = ir.IntType(128)
+        product = builder.mul(builder.zext(args[0], wide), builder.zext(args[1], wide))
+        return builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), ir.IntType(64))
+
+    return types.uint64(types.uint64, types.uint64), codegen
+
+
+copy_bytes: Any = _copy_bytes
+"""`copy_bytes(target, source, count)`: memcpy between two addresses that do not overlap."""
+
+multiply_high: Any = _multiply_high
+"""`multiply_high(a, b)`: the upper 64 bits of the 128-bit product of two uint64."""

@@ -1,0 +1,122 @@
+"""Every error that engram raises on purpose, as one tree.
+
+    EngramError
+    |-- SpecError             a spec, tokenizer or checkpoint config that does not add up
+    |   `-- SpecMismatchError a table whose spec differs from the caller's, the field named
+    |-- TokenError            token ids, starts, history or dead positions that cannot be used
+    |-- SelectionError        a layer, column or row id that does not exist, a buffer of the wrong shape
+    |-- CheckpointError       a source checkpoint that is incomplete or not what the spec expects
+    |-- StoreError            a table on disk that cannot be created or opened
+    |   |-- DestinationError  the place to write to exists, is too small or is unsuitable
+    |   `-- CorruptTableError bytes on disk that are not what was written
+    |-- RowIntegrityError     single rows that could not be read or verified; the others are valid
+    |-- ConfigError           a configuration or command-line value that cannot be used
+    `-- ServiceError          the sidecar
+        |-- UnavailableError  cannot be reached, or went away
+        |-- UnknownTableError serves no table of that name
+        |-- RequestError      refused the request as malformed or too large
+        `-- OverloadError     has no room or time for the request now
+
+A message is one line: what happened, then what to do. Nothing has changed when one is raised,
+except where its class says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class EngramError(Exception):
+    """Base of all errors of this package."""
+
+
+class SpecError(EngramError):
+    """A spec, tokenizer or checkpoint config is incomplete or contradicts itself."""
+
+
+class SpecMismatchError(SpecError):
+    """Two specs that must agree do not.
+
+    `field` names the first field that differs.
+    """
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class TokenError(EngramError):
+    """Token ids, `starts`, `history` or `dead` cannot be used with the spec."""
+
+
+class SelectionError(EngramError):
+    """A layer, column or row id does not exist, or an output buffer does not fit."""
+
+
+class CheckpointError(EngramError):
+    """A source checkpoint lacks a tensor or file, or one has the wrong dtype, shape or size."""
+
+
+class StoreError(EngramError):
+    """A table on disk cannot be created, opened or read."""
+
+
+class DestinationError(StoreError):
+    """The destination exists already, has too little space, or lies on an unsuitable file system."""
+
+
+class CorruptTableError(StoreError):
+    """A table's own structure (metas, tree, manifest, size) is not what was written."""
+
+
+class RowIntegrityError(EngramError):
+    """Some rows failed their check or could not be read.
+
+    `layer` is the model's layer index of the first failed row, `row_ids` the failed row ids of
+    that layer (at most 64 are kept), `failures` all of them as `{layer: row_ids}` within the same
+    bound. Rows that are not named are valid in the caller's output; the failed ones are
+    unspecified.
+    """
+
+    def __init__(self, message: str, failures: dict[int, Sequence[int]]) -> None:
+        super().__init__(message)
+        self.failures = {layer: tuple(int(row) for row in rows) for layer, rows in failures.items()}
+        self.layer, self.row_ids = next(iter(self.failures.items()))
+
+    @classmethod
+    def of(cls, failures: dict[int, Sequence[int]], table: str) -> RowIntegrityError:
+        """Build the message from the rows that failed in `table`."""
+        named = "; ".join(
+            f"layer {layer} rows {', '.join(str(int(row)) for row in rows[:8])}"
+            + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+            for layer, rows in failures.items()
+        )
+        return cls(
+            f"{table}: rows could not be read intact ({named}); "
+            f"run 'engram verify {table}' and import the table again if it lists damage",
+            {layer: rows[:64] for layer, rows in failures.items()},
+        )
+
+
+class ConfigError(EngramError):
+    """A configuration file, environment variable or command-line value cannot be used."""
+
+
+class ServiceError(EngramError):
+    """The sidecar could not serve a call."""
+
+
+class UnavailableError(ServiceError):
+    """The sidecar cannot be reached, went away, or what answers is not engram."""
+
+
+class UnknownTableError(ServiceError):
+    """The sidecar serves no table of that name."""
+
+
+class RequestError(ServiceError):
+    """The sidecar refused a request as malformed or over a limit."""
+
+
+class OverloadError(ServiceError):
+    """The sidecar has no room or time for the request now; try again later."""

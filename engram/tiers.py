@@ -1,0 +1,173 @@
+"""The tier contract: what serves n-grams, whatever it is made of.
+
+A request names n-grams and a selection of layers and columns. Its *rows* are numbered in one
+canonical order: by n-gram, then by selected layer, then by selected column of that n-gram's
+order. The caller says for each row where in `out` it goes, so every tier writes its answer once,
+in place.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engram.errors import SelectionError
+from engram.rows import RowFormat, Rows
+
+if TYPE_CHECKING:
+    from engram.spec import NgramSpec
+
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Layers and columns that a lookup wants, in the order it wants them.
+
+    Attributes:
+        layers: positions in `spec.layer_ids` (not model layer indices).
+        columns: global column numbers.
+        heads: heads per order of the spec.
+        min_order: its smallest order.
+        orders: its number of orders.
+    """
+
+    layers: tuple[int, ...]
+    columns: tuple[int, ...]
+    heads: int
+    min_order: int
+    orders: int
+
+    @classmethod
+    def of(
+        cls,
+        spec: NgramSpec,
+        layers: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
+    ) -> Selection:
+        """Resolve model layer indices and column numbers; None selects all.
+
+        Raises:
+            SelectionError: a layer or column that does not exist, twice the same, or none.
+        """
+        columns = range(spec.num_columns) if columns is None else [int(c) for c in columns]
+        layers = spec.layer_ids if layers is None else [int(layer) for layer in layers]
+        for what, asked, known in (
+            ("layer", layers, spec.layer_ids),
+            ("column", columns, range(spec.num_columns)),
+        ):
+            missing = [item for item in asked if item not in known]
+            if missing:
+                raise SelectionError(f"{what} {missing[0]} does not exist; {what}s are {known}")
+            if not len(asked) or len(set(asked)) < len(asked):
+                raise SelectionError(f"{what}s must be named, each once: got {list(asked)}")
+        return cls(
+            tuple(spec.layer_ids.index(layer) for layer in layers),
+            tuple(columns),
+            spec.heads,
+            spec.min_order,
+            spec.num_orders,
+        )
+
+    @cached_property
+    def order_bounds(self) -> Int64s:
+        """int64 `[orders + 1]`: where each order's columns start in `ordered`."""
+        counts = np.bincount(np.array(self.columns) // self.heads, minlength=self.orders)
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    @cached_property
+    def ordered(self) -> Int64s:
+        """int64 `[columns]`: positions in `columns`, grouped by order, in the order asked for."""
+        return np.argsort(np.array(self.columns) // self.heads, kind="stable").astype(np.int64)
+
+    @cached_property
+    def layer_array(self) -> Int64s:
+        return np.array(self.layers, np.int64)
+
+    @cached_property
+    def column_array(self) -> Int64s:
+        return np.array(self.columns, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Ngrams:
+    """N-grams to serve.
+
+    Attributes:
+        windows: int32 `[N, max_order]`, canonical ids, newest first, unused entries -1.
+        orders: int32 `[N]`.
+    """
+
+    windows: Int32s
+    orders: Int32s
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+    def row_count(self, selection: Selection) -> int:
+        """Number of rows these n-grams have under `selection`."""
+        widths = np.diff(selection.order_bounds)
+        return len(selection.layers) * int(widths[self.orders - selection.min_order].sum())
+
+
+class Tier(ABC):
+    """Serves rows of one table.
+
+    Every implementation passes `tests/test_tiers.py`. Methods may be called from several threads
+    at once. Arguments are valid: shapes, dtypes and ranges were checked by the caller.
+    """
+
+    spec: NgramSpec
+    row_format: RowFormat
+    name: str
+    """How messages name the table."""
+    fingerprint: str
+
+    @abstractmethod
+    def read(self, ngrams: Ngrams, selection: Selection, out: Rows, places: Int64s) -> None:
+        """Write the rows of `ngrams` into `out`.
+
+        Args:
+            ngrams: n-grams, each once.
+            out: flat rows `[R', bytes]`.
+            places: int64 `[R]`, for each row in canonical order its index in `out`.
+
+        Raises:
+            RowIntegrityError: some rows failed; all others were written.
+            ServiceError: the rows cannot be had now.
+        """
+
+    @abstractmethod
+    def read_rows(self, layer: int, row_ids: Int64s, out: Rows, places: Int64s) -> None:
+        """Write single rows into `out`.
+
+        Args:
+            layer: position in `spec.layer_ids`.
+            row_ids: int64 `[R]`, each once.
+            places: int64 `[R]`, index in `out` of each.
+
+        Raises: as `read`.
+        """
+
+    @abstractmethod
+    def prefetch(self, ngrams: Ngrams) -> None:
+        """Bring rows of `ngrams` closer, in the background; returns at once and never raises for
+        rows that cannot be read (a later `read` does)."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, by name; plain ints and strings."""
+
+    def check_integrity(self) -> None:  # noqa: B027 - a tier without state has nothing to check
+        """Assert the invariants of the tier's own state; tests call it after each test."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; later calls raise. Safe to call twice."""
