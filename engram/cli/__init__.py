@@ -1,0 +1,63 @@
+"""The `engram` command."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+import typer
+
+from engram import __version__
+from engram.errors import ConfigError, EngramError
+
+app = typer.Typer(
+    name="engram",
+    help="N-gram memory tables of language models: on SSD, verified, served bit-exactly.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+_COMMANDS = ("import_", "synth", "inspect", "verify", "serve", "bench", "demo")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"engram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", callback=_show_version, is_eager=True
+    ),
+) -> None:
+    """N-gram memory tables of language models: on SSD, verified, served bit-exactly."""
+
+
+for _command in _COMMANDS:
+    import_module(f"engram.cli.{_command}").register(app)
+
+
+def main() -> None:
+    """Run the command line: exit 0 when fine, 1 when the work failed, 2 when misused."""
+    try:
+        status = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        typer.echo("engram: interrupted", err=True)
+        sys.exit(130)
+    except ConfigError as error:
+        typer.echo(f"engram: {error}", err=True)
+        sys.exit(2)
+    except EngramError as error:
+        typer.echo(f"engram: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,32 @@
+"""`engram serve`: the sidecar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    @app.command()
+    def serve(
+        config: Path | None = typer.Option(
+            None, help="TOML file; flags add to it and win over it.", metavar="FILE"
+        ),
+        table: list[str] = typer.Option(
+            [], help="Serve the table at PATH as NAME; may be repeated.", metavar="NAME=PATH"
+        ),
+        listen: list[str] = typer.Option(
+            [],
+            help="unix:PATH, or tcp:HOST:PORT; may be repeated.",
+            metavar="ADDRESS",
+        ),
+    ) -> None:
+        """Serve tables to the model processes of this host until SIGTERM.
+
+        Example: engram serve --table qwen=/srv/engram/qwen --listen unix:/run/engram/engram.sock
+        """
+        from engram.service.config import load_config
+        from engram.service.server import run
+
+        raise typer.Exit(run(load_config(config, tables=table, listen=listen)))

@@ -1,0 +1,232 @@
+"""Tables as model code sees them: tokens in, rows out, whichever tier answers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engram._ngrams import (
+    copy_repeated_rows,
+    copy_repeats,
+    distinct_ngrams,
+    distinct_rows,
+    places_of,
+)
+from engram.errors import RowIntegrityError, SelectionError
+from engram.rows import RowFormat, Rows
+from engram.spec import NgramSpec
+from engram.ssd import SsdTier
+from engram.tiers import Ngrams, Selection, Tier
+
+
+class Table:
+    """One n-gram memory table. Methods may be called from several threads at once.
+
+    Get one from `engram.open` (this process reads the files) or `engram.connect` (a sidecar does).
+    Use it as a context manager, or call `close`.
+
+    Attributes:
+        spec: how tokens become row ids.
+        row_format: how rows are stored.
+        layers: model layer indices, 0-based, in spec order.
+        columns: all column numbers.
+        fingerprint: digest of the content, equal wherever the same rows are stored.
+        name: how messages name the table.
+    """
+
+    spec: NgramSpec
+    row_format: RowFormat
+    layers: tuple[int, ...]
+    columns: tuple[int, ...]
+    fingerprint: str
+    name: str
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+        self.spec = tier.spec
+        self.row_format = tier.row_format
+        self.layers = tier.spec.layer_ids
+        self.columns = tuple(range(tier.spec.num_columns))
+        self.fingerprint = tier.fingerprint
+        self.name = tier.name
+        self._everything = Selection.of(tier.spec)
+        self._lock = threading.Lock()
+        self._counters = dict.fromkeys(
+            ("lookups", "tokens", "ngrams_requested", "ngrams_unique", "lookups_failed"), 0
+        )
+
+    def lookup(
+        self,
+        tokens: npt.ArrayLike,
+        starts: npt.ArrayLike | None = None,
+        history: npt.ArrayLike | None = None,
+        dead: npt.ArrayLike | None = None,
+        layers: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
+        out: Rows | None = None,
+    ) -> Rows:
+        """Read the rows of every n-gram that ends at each token.
+
+        Args:
+            tokens: ids `[T]` of all sequences with `starts`; else `[L]` or `[B, L]`.
+            starts: int `[B + 1]`, boundaries of the sequences in `tokens`.
+            history: int `[B, max_order - 1]`, ids just before each sequence, oldest first; -1 is
+                before the start, or dead.
+            dead: bool, shaped like `tokens`: positions that take no part.
+            layers: model layer indices; all when None.
+            columns: column numbers; all when None.
+            out: buffers to fill, `[*tokens.shape, layers, columns]` rows; made when None.
+
+        Returns:
+            Rows `[*tokens.shape, layers, columns]`, layers and columns in the order asked for.
+
+        Raises:
+            TokenError: ids, starts, history or dead that do not fit the spec.
+            SelectionError: no such layer or column, or an `out` that does not fit.
+            RowIntegrityError: some rows failed, named; all others in `out` are valid.
+            ServiceError: the sidecar could not serve.
+        """
+        selection = self._selection(layers, columns)
+        windows = self.spec.windows(tokens, starts, history, dead)
+        shape = (*windows.shape[:-1], len(selection.layers), len(selection.columns))
+        if out is None:
+            out = Rows.empty(shape, self.row_format)
+        else:
+            out.check(shape, self.row_format)
+        windows = windows.reshape(-1, self.spec.max_order)
+        ngrams, ngram_tokens, first = distinct_ngrams(windows, self.spec.min_order, selection)
+        places = places_of(ngrams, ngram_tokens, selection)
+        flat = out.reshape((windows.shape[0] * len(selection.layers) * len(selection.columns),))
+        failed = True
+        try:
+            self._tier.read(ngrams, selection, flat, places)
+            failed = False
+        except RowIntegrityError:
+            copy_repeats(first, selection, flat)
+            raise
+        finally:
+            self._count(
+                lookups=1,
+                tokens=len(windows),
+                ngrams_requested=int((first >= 0).sum()),
+                ngrams_unique=len(ngrams),
+                lookups_failed=int(failed),
+            )
+        copy_repeats(first, selection, flat)
+        return out
+
+    def lookup_rows(self, layer: int, row_ids: npt.ArrayLike, out: Rows | None = None) -> Rows:
+        """Read rows by id, for callers that hash themselves.
+
+        Args:
+            layer: model layer index.
+            row_ids: integers of any shape, each in `[0, rows of the layer)`.
+            out: buffers to fill, one row per id; made when None.
+
+        Returns:
+            Rows shaped like `row_ids`.
+
+        Raises: as `lookup`; SelectionError also for a row id that does not exist.
+        """
+        ids = np.asarray(row_ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise SelectionError(f"row ids must be integers, not {ids.dtype}")
+        position = Selection.of(self.spec, [layer]).layers[0]
+        limit = self.spec.layers[position].rows
+        bad = (ids < 0) | (ids >= limit)
+        if bad.any():
+            raise SelectionError(
+                f"row {int(ids[bad].flat[0])} does not exist; "
+                f"layer {layer} has rows 0 to {limit - 1}"
+            )
+        if out is None:
+            out = Rows.empty(ids.shape, self.row_format)
+        else:
+            out.check(ids.shape, self.row_format)
+        ids_flat = np.ascontiguousarray(ids, np.int64).reshape(-1)
+        flat = out.reshape((ids_flat.size,))
+        places, first = distinct_rows(ids_flat)
+        try:
+            self._tier.read_rows(position, ids_flat[places], flat, places)
+        except RowIntegrityError:
+            copy_repeated_rows(first, flat)
+            raise
+        copy_repeated_rows(first, flat)
+        return out
+
+    def prefetch(
+        self,
+        tokens: npt.ArrayLike,
+        starts: npt.ArrayLike | None = None,
+        history: npt.ArrayLike | None = None,
+        dead: npt.ArrayLike | None = None,
+    ) -> None:
+        """Bring the rows of a coming `lookup` closer; returns at once.
+
+        Args and raises: as `lookup`, but rows that cannot be read are left for the lookup to name.
+        """
+        windows = self.spec.windows(tokens, starts, history, dead)
+        windows = windows.reshape(-1, self.spec.max_order)
+        ngrams: Ngrams
+        ngrams, _, _ = distinct_ngrams(windows, self.spec.min_order, self._everything)
+        if len(ngrams):
+            self._tier.prefetch(ngrams)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the table was opened, with those of its tier under `"tiers"`."""
+        with self._lock:
+            return {"table": self.name, **self._counters, "tiers": [self._tier.stats()]}
+
+    def close(self) -> None:
+        """Free files, maps and connections; safe to call twice."""
+        self._tier.close()
+
+    def _selection(
+        self, layers: Sequence[int] | None, columns: Sequence[int] | None
+    ) -> Selection:
+        if layers is None and columns is None:
+            return self._everything
+        return Selection.of(self.spec, layers, columns)
+
+    def _count(self, **increments: int) -> None:
+        with self._lock:
+            for counter, increment in increments.items():
+                self._counters[counter] += increment
+
+    def __enter__(self) -> Table:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<engram.Table {self.name}: {self.spec.family}, layers {list(self.layers)}, "
+            f"{len(self.columns)} columns, {self.row_format.name} x {self.row_format.dim}>"
+        )
+
+
+def open(path: str | os.PathLike[str], *, guard: bool = False) -> Table:
+    """Open a table on local disk, read by this process itself.
+
+    Args:
+        path: the table's directory, made by `engram import` or `engram synth`.
+        guard: read through a memory map instead of `pread`: faster for rows in the page cache,
+            but installs a SIGBUS handler in this process.
+
+    Raises:
+        StoreError: no table there, or one that cannot be used.
+        CorruptTableError: its structure is damaged.
+    """
+    return Table(SsdTier(path, guard=guard))
