@@ -1,0 +1,1 @@
+"""The gRPC schema of engram and the code generated from it."""

@@ -1,0 +1,1 @@
+"""The sidecar: tables served over gRPC."""
