@@ -1,0 +1,1 @@
+"""The parts of `engram demo`: real text, its traffic, a real model."""

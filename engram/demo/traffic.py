@@ -1,0 +1,108 @@
+"""One client process of the demo: real-text batches, every byte of every answer checked."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engram.demo.corpus import source_tokens
+from engram.rows import Rows
+from engram.store.synth import synthetic_rows
+from engram.table import Table
+
+PREFILL_TOKENS = 2048
+DECODE_SEQUENCES = 64
+
+
+@dataclass
+class Traffic:
+    """What one client did.
+
+    Attributes:
+        shapes: for each batch shape, seconds of each lookup.
+    """
+
+    tokens: int = 0
+    rows_checked: int = 0
+    rows_wrong: int = 0
+    shapes: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of one lookup."""
+
+    shape: str
+    tokens: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int32]
+    history: npt.NDArray[np.int32]
+
+
+def batches(
+    documents: list[npt.NDArray[np.int32]], context: int, steps: int, seed: int
+) -> Iterator[Batch]:
+    """Prefill chunks over all documents, then decode steps that continue 64 random places.
+
+    Args:
+        context: ids of history that a lookup wants, `max_order - 1`.
+        steps: number of decode steps.
+    """
+    for document in documents:
+        padded = np.concatenate([np.full(context, -1, np.int32), document])
+        for at in range(0, len(document), PREFILL_TOKENS):
+            chunk = document[at : at + PREFILL_TOKENS]
+            starts = np.array([0, len(chunk)], np.int32)
+            yield Batch("prefill", chunk, starts, padded[None, at : at + context])
+    text = np.concatenate(documents)
+    places = np.random.default_rng(seed).integers(context, len(text) - steps, DECODE_SEQUENCES)
+    starts = np.arange(DECODE_SEQUENCES + 1, dtype=np.int32)
+    for at in (places + step for step in range(steps)):
+        history = np.stack([text[at - context + k] for k in range(context)], axis=1)
+        yield Batch("decode", text[at], starts, history)
+
+
+def check_rows(table: Table, table_seed: int, batch: Batch, rows: Rows) -> int:
+    """Number of rows of a synthetic table that are not what the rule says."""
+    ids = table.spec.row_ids(batch.tokens, batch.starts, batch.history)
+    packed = rows.packed()
+    wrong = 0
+    for position, layer in enumerate(table.layers):
+        expected = synthetic_rows(
+            table_seed, table.row_format, layer, ids[:, position].reshape(-1)
+        ).reshape(packed[:, position].shape)
+        wrong += int((packed[:, position] != expected).any(axis=-1).sum())
+    return wrong
+
+
+def run(target: str, name: str, table_seed: int, tokens: int, steps: int, seed: int) -> Traffic:
+    """Send the traffic of one client; see `batches`."""
+    import engram
+
+    traffic = Traffic()
+    with engram.connect(target, name) as table:
+        documents = source_tokens(tokens, seed)
+        for batch in batches(documents, table.spec.max_order - 1, steps, seed):
+            began = time.perf_counter()
+            rows = table.lookup(batch.tokens, batch.starts, batch.history)
+            traffic.shapes.setdefault(batch.shape, []).append(time.perf_counter() - began)
+            traffic.tokens += len(batch.tokens)
+            traffic.rows_checked += rows.values[..., 0].size
+            traffic.rows_wrong += check_rows(table, table_seed, batch, rows)
+    return traffic
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m engram.demo.traffic JSON`: keyword arguments of `run`; prints its result."""
+    keywords: dict[str, Any] = json.loads(arguments[0])
+    print(json.dumps(asdict(run(**keywords))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
