@@ -9,14 +9,12 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -54,20 +52,20 @@ def _cache_dir() -> str | None:
 _CACHE_DIR = _cache_dir()
 
 
-def kernel(function: F) -> F:
+def kernel(function: Callable[..., Any]) -> Any:
     """Compile `function` on first use: without the interpreter lock, cached where possible.
 
     Loops in kernels check no bounds and division follows NumPy (no exception), so that a kernel
     can neither raise nor need the interpreter.
     """
     if _CACHE_DIR is None:
-        return numba.njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+        return numba.njit(nogil=True, error_model="numpy")(function)
     # numba picks the cache's place while decorating; the setting is put back at once, because
     # other users of numba in this process have caches of their own.
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = _CACHE_DIR
     try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
     finally:
         numba.config.CACHE_DIR = before
 
