@@ -1,0 +1,53 @@
+"""`LayerHash`: the numbers by which one layer hashes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from engram.errors import SpecError
+
+_ROW_LIMIT = 2**62
+
+
+@dataclass(frozen=True)
+class LayerHash:
+    """How one layer hashes.
+
+    Attributes:
+        layer: 0-based layer index of the model.
+        multipliers: int64, one for each distance, newest first: `max_order` of them.
+        primes: one for each column.
+        rows: rows of the table: the sum of the primes, padded.
+    """
+
+    layer: int
+    multipliers: tuple[int, ...]
+    primes: tuple[int, ...]
+    rows: int
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First row of each column: the running sum of the primes."""
+        return tuple(accumulate(self.primes[:-1], initial=0))
+
+    def check(self, max_order: int, columns: int) -> None:
+        """Require numbers that fit each other and the kernels.
+
+        Raises:
+            SpecError: they do not.
+        """
+        if len(self.multipliers) != max_order or any(
+            not -(2**63) <= each < 2**63 for each in self.multipliers
+        ):
+            problem = f"needs {max_order} int64 multipliers, not {self.multipliers}"
+        elif len(self.primes) != columns or min(self.primes) < 2:
+            problem = f"needs {columns} primes of at least 2, not {self.primes}"
+        elif not sum(self.primes) <= self.rows < _ROW_LIMIT:
+            problem = (
+                f"has {self.rows} rows, but needs the sum of its primes, {sum(self.primes)}, "
+                "or more, below 2**62"
+            )
+        else:
+            return
+        raise SpecError(f"layer {self.layer} {problem}")
