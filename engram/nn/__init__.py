@@ -1,0 +1,16 @@
+"""Torch modules that take their n-gram embeddings from a table."""
+
+from __future__ import annotations
+
+from engram.nn._dequantize import dequantize
+from engram.nn._fusion import DeepSeekDemoFusion, DeepSeekV41Fusion
+from engram.nn._lookup import EngramEmbedding, EngramLookup, LayerRows
+
+__all__ = [
+    "DeepSeekDemoFusion",
+    "DeepSeekV41Fusion",
+    "EngramEmbedding",
+    "EngramLookup",
+    "LayerRows",
+    "dequantize",
+]
