@@ -11,12 +11,27 @@ from typing import Any
 import numpy as np
 
 from engram.errors import RowIntegrityError, SpecMismatchError
-from engram.rows import Rows
+from engram.rows import RowFormat, Rows
 from engram.spec import NgramSpec
+from engram.store.manifest import Schema
 from engram.store.reader import StoreReader
 from engram.tiers import Int64s, Ngrams, Selection, Tier
 
 _PREFETCHES_MAX = 64
+
+
+def schema_of(spec: NgramSpec, row_format: RowFormat) -> Schema:
+    """What a table of `spec` holds; `SsdTier` reads the spec back from it.
+
+    Raises:
+        SpecMismatchError: rows of another width than the spec's.
+    """
+    if row_format.dim != spec.dim:
+        raise SpecMismatchError(
+            f"the spec has {spec.dim} values in a row, the row format {row_format.dim}", "dim"
+        )
+    layers = tuple((layer.layer, layer.rows) for layer in spec.layers)
+    return Schema(spec.to_json(), row_format, layers, spec.token_map)
 
 
 class SsdTier(Tier):
@@ -39,10 +54,10 @@ class SsdTier(Tier):
         self.row_format = manifest.row_format
         self.fingerprint = manifest.fingerprint
         self.spec = NgramSpec.from_json(manifest.spec, self._reader.token_map)
-        held = tuple((layer.layer, layer.rows) for layer in self.spec.layers)
-        if held != manifest.layers:
+        needed = schema_of(self.spec, self.row_format).layers
+        if needed != manifest.layers:
             raise SpecMismatchError(
-                f"{path}: the spec needs (layer, rows) {held}, the table holds {manifest.layers}; "
+                f"{path}: its spec needs (layer, rows) {needed}, it holds {manifest.layers}; "
                 "import the table again",
                 "layers",
             )
@@ -68,8 +83,8 @@ class SsdTier(Tier):
             ngrams.orders,
             selection.layer_array,
             selection.column_array,
-            selection.order_bounds,
             selection.ordered,
+            selection.order_bounds,
         )
 
     def _gather(self, layers: Any, row_ids: Int64s, places: Int64s, out: Rows, ngrams: int) -> None:

@@ -78,13 +78,16 @@ def _synthetic_table(path: Path, vocab_size: int) -> dict[str, Any]:
     from engram.demo.corpus import tokenizer_file
     from engram.rows import RowFormat
     from engram.spec import NgramSpec
+    from engram.ssd import schema_of
     from engram.store.manifest import read_manifest
-    from engram.store.synth import build_synthetic
+    from engram.store.synth import SyntheticSource
+    from engram.store.writer import build_table
 
     spec = NgramSpec.deepseek_v41(tokenizer=tokenizer_file(), engram_vocab_size=vocab_size)
     began = time.perf_counter()
+    schema = schema_of(spec, RowFormat("fp8-ue8m0", spec.dim))
     with progress_bar("writing the table") as progress:
-        build_synthetic(path, spec.schema(RowFormat("fp8-ue8m0", spec.dim)), 0, progress)
+        build_table(path, schema, SyntheticSource(schema), progress=progress)
     manifest, physical = read_manifest(path)
     return {
         "table_seed": manifest.table_seed,

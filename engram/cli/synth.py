@@ -89,11 +89,12 @@ def register(app: typer.Typer) -> None:
         """
         from engram.cli._output import print_facts, progress_bar
         from engram.cli.inspect import facts_of
-        from engram.store.synth import build_synthetic
+        from engram.ssd import schema_of
+        from engram.store.synth import SyntheticSource
+        from engram.store.writer import build_table
 
         spec = spec_of(family, vocab_size, tokenizer)
+        schema = schema_of(spec, row_format_of(family, row_format, spec.dim))
         with progress_bar(f"writing {destination.name}") as progress:
-            build_synthetic(
-                destination, spec.schema(row_format_of(family, row_format, spec.dim)), seed, progress
-            )
+            build_table(destination, schema, SyntheticSource(schema, seed), progress=progress)
         print_facts(facts_of(destination), as_json)
