@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +17,7 @@ Bools = npt.NDArray[np.bool_]
 _NONE_DEAD = np.zeros(0, np.bool_)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """Valid tokens of one or more sequences, end to end.
 
     Attributes:
@@ -80,8 +78,10 @@ class Batch:
         )
         if problem != _kernels.VALID:
             _refuse(problem, where, ids, bounds, before, vocab_size)
-        # Checked against the vocabulary, so nothing is lost.
-        return cls(flat, bounds, before.astype(np.int32, copy=False), mask, shape)
+        if before.dtype != np.int32:
+            # Checked against the vocabulary, so nothing is lost.
+            before = before.astype(np.int32)
+        return cls(flat, bounds, before, mask, shape)
 
 
 def _integers(what: str, given: npt.ArrayLike) -> npt.NDArray[Any]:
@@ -90,13 +90,13 @@ def _integers(what: str, given: npt.ArrayLike) -> npt.NDArray[Any]:
         array = np.asarray(given)
     except (TypeError, ValueError) as error:
         raise TokenError(f"{what} cannot be read as an array of integers: {error}") from None
-    if array.dtype.kind not in "iu" and array.size:
-        raise TokenError(f"{what} must be integers, not {array.dtype}; pass int32 or int64")
-    if array.dtype.type is not np.int32 and array.dtype.type is not np.int64:
+    kind = array.dtype
+    if kind not in (np.int32, np.int64):
+        if kind.kind not in "iu" and array.size:
+            raise TokenError(f"{what} must be integers, not {kind}; pass int32 or int64")
         # uint64 beyond int64 turns negative, which no check lets pass.
         array = array.astype(np.int64)
-    flags = array.flags
-    return array if flags.c_contiguous and flags.writeable and flags.aligned else array.copy()
+    return array if array.flags.carray else array.copy()
 
 
 def _starts_of(shape: tuple[int, ...]) -> Int64s:
@@ -114,11 +114,11 @@ def _checked_starts(starts: npt.ArrayLike) -> Int64s:
 
 def _history_of(
     history: npt.ArrayLike | None, sequences: int, max_order: int, flat_allowed: bool
-) -> Int64s:
+) -> npt.NDArray[Any]:
     width = max_order - 1
     if history is None:
-        return np.full((sequences, width), -1, np.int64)
-    before = _integers("history", history).astype(np.int64, copy=False)
+        return np.full((sequences, width), -1, np.int32)
+    before = _integers("history", history)
     if before.ndim == 1 and flat_allowed:
         before = before.reshape(1, -1)
     if before.ndim != 2:
@@ -151,7 +151,7 @@ def _refuse(
     where: int,
     ids: npt.NDArray[Any],
     starts: Int64s,
-    history: Int64s,
+    history: npt.NDArray[Any],
     vocab_size: int,
 ) -> NoReturn:
     if problem == _kernels.BAD_START:

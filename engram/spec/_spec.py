@@ -370,5 +370,4 @@ def _checked_windows(windows: Int32s, max_order: int) -> Int32s:
         raise TokenError(
             f"windows must be int32 [N, {max_order}], not {array.dtype} {list(array.shape)}"
         )
-    flags = array.flags
-    return array if flags.c_contiguous and flags.writeable and flags.aligned else array.copy()
+    return array if array.flags.carray else array.copy()
