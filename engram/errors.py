@@ -5,6 +5,7 @@
     |   `-- SpecMismatchError a table whose spec differs from the caller's, the field named
     |-- TokenError            token ids, starts, history or dead positions that cannot be used
     |-- SelectionError        a layer, column or row id that does not exist, a buffer of the wrong shape
+    |-- ModelError            a model in memory that cannot take its rows from a table
     |-- CheckpointError       a source checkpoint that is incomplete or not what the spec expects
     |-- StoreError            a table on disk that cannot be created or opened
     |   |-- DestinationError  the place to write to exists, is too small or is unsuitable
@@ -51,6 +52,10 @@ class TokenError(EngramError):
 
 class SelectionError(EngramError):
     """A layer, column or row id does not exist, or an output buffer does not fit."""
+
+
+class ModelError(EngramError):
+    """A model in memory cannot take its rows from a table, or cannot be saved after it did."""
 
 
 class CheckpointError(EngramError):
