@@ -81,10 +81,10 @@ def load(text: str, token_map: npt.NDArray[np.int32] | None) -> dict[str, Any]:
 
 
 def _arguments(fields: dict[str, Any]) -> dict[str, Any]:
-    boundary = fields["boundary_id"]
     known = {"family", *_INTEGERS, "boundary_id", "dead_positions", "token_map", "layers"}
     if set(fields) != known:
-        raise ValueError(f"unknown fields {sorted(set(fields) - known)}")
+        raise ValueError(f"missing or unknown: {sorted(set(fields) ^ known)}")
+    boundary = fields["boundary_id"]
     if not isinstance(fields["dead_positions"], bool):
         raise TypeError("dead_positions must be true or false")
     return {
@@ -98,7 +98,7 @@ def _arguments(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _layer(fields: dict[str, Any]) -> LayerHash:
     if set(fields) != _LAYER_KEYS:
-        raise ValueError(f"a layer has the fields {sorted(fields)}")
+        raise ValueError(f"missing or unknown in a layer: {sorted(set(fields) ^ _LAYER_KEYS)}")
     return LayerHash(
         layer=_integer(fields["layer"]),
         multipliers=tuple(_integer(each) for each in fields["multipliers"]),
@@ -117,9 +117,11 @@ def first_difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, 
     """Field name and both values of the first place where two `to_fields` differ."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         pairs = [(f"{path}.{key}".lstrip("."), ours[key], theirs[key]) for key in ours]
-    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        pairs = [(f"{path}[{i}]", *each) for i, each in enumerate(zip(ours, theirs, strict=True))]
-    else:
+    elif not (isinstance(ours, list) and isinstance(theirs, list)):
         return None if ours == theirs else (path, ours, theirs)
+    elif len(ours) != len(theirs):
+        return path, f"{len(ours)} entries", f"{len(theirs)} entries"
+    else:
+        pairs = [(f"{path}[{i}]", *each) for i, each in enumerate(zip(ours, theirs, strict=True))]
     found = (first_difference(mine, other, name) for name, mine, other in pairs)
     return next((each for each in found if each is not None), None)

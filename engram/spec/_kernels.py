@@ -156,11 +156,20 @@ def hash_ngrams(
     ordered,
     order_bounds,
 ):
-    """Layer positions int32 `[R]` and row ids int64 `[R]` of n-grams, in canonical order."""
+    """Layer positions int32 `[R]` and row ids int64 `[R]` of n-grams, in canonical order.
+
+    Also the first n-gram of an order that does not exist, or -1; with one, nothing is hashed.
+    """
     count = 0
+    bad = -1
     for n in range(len(orders)):
         first = orders[n] - min_order
+        if first < 0 or first >= len(order_bounds) - 1:
+            bad = n
+            break
         count += order_bounds[first + 1] - order_bounds[first]
+    if bad >= 0:
+        return np.empty(0, np.int32), np.empty(0, np.int64), bad
     positions = np.empty(count * len(layers), np.int32)
     row_ids = np.empty(count * len(layers), np.int64)
     r = 0
@@ -174,4 +183,4 @@ def hash_ngrams(
                 positions[r] = layer
                 row_ids[r] = _row(word, constants[layer, columns[ordered[place]]])
                 r += 1
-    return positions, row_ids
+    return positions, row_ids, bad

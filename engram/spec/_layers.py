@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
+
 from engram.errors import SpecError
 
 _ROW_LIMIT = 2**62
@@ -51,3 +54,22 @@ class LayerHash:
         else:
             return
         raise SpecError(f"layer {self.layer} {problem}")
+
+
+def multiplier_array(layers: tuple[LayerHash, ...]) -> npt.NDArray[np.int64]:
+    """int64 `[layers, max_order]`."""
+    return np.array([each.multipliers for each in layers], np.int64)
+
+
+def constant_array(layers: tuple[LayerHash, ...]) -> npt.NDArray[np.uint64]:
+    """uint64 `[layers, columns, 4]`: the constants of each column that `_kernels` names."""
+    return np.array(
+        [
+            [
+                (prime, 2**64 // prime, offset, 2**64 % prime)
+                for prime, offset in zip(each.primes, each.offsets, strict=True)
+            ]
+            for each in layers
+        ],
+        np.uint64,
+    )

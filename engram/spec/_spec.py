@@ -15,7 +15,7 @@ import numpy.typing as npt
 from engram.errors import SpecError, SpecMismatchError, TokenError
 from engram.spec import _json, _kernels
 from engram.spec._batch import Batch
-from engram.spec._layers import LayerHash
+from engram.spec._layers import LayerHash, constant_array, multiplier_array
 from engram.store import checks
 
 Int32s = npt.NDArray[np.int32]
@@ -25,7 +25,7 @@ _ID_LIMIT = 2**31
 _NO_MAP = np.zeros(0, np.int32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NgramSpec:
     """How tokens become row ids, resolved to plain numbers; the same for all families.
 
@@ -136,21 +136,11 @@ class NgramSpec:
 
     @cached_property
     def _multiplier_array(self) -> Int64s:
-        return np.array([each.multipliers for each in self.layers], np.int64)
+        return multiplier_array(self.layers)
 
     @cached_property
     def _constant_array(self) -> npt.NDArray[np.uint64]:
-        """uint64 `[layers, columns, 4]`, as the kernels want them."""
-        return np.array(
-            [
-                [
-                    (prime, 2**64 // prime, offset, 2**64 % prime)
-                    for prime, offset in zip(each.primes, each.offsets, strict=True)
-                ]
-                for each in self.layers
-            ],
-            np.uint64,
-        )
+        return constant_array(self.layers)
 
     def batch(
         self,
@@ -230,7 +220,7 @@ class NgramSpec:
         Raises:
             TokenError: another dtype or shape.
         """
-        windows = _checked_windows(windows, self.max_order)
+        windows = self._checked_windows(windows)
         out = np.empty((len(windows), len(self.layers), self.num_columns), np.int64)
         _kernels.hash_windows(
             windows, self._multiplier_array, self._constant_array, self.min_order, self.heads, out
@@ -248,12 +238,12 @@ class NgramSpec:
     ) -> tuple[Int32s, Int64s]:
         """Rows of n-grams under a selection, in the tiers' canonical order.
 
-        That is: by n-gram, then by selected layer, then by selected column of its order. Trusts
-        its arguments: they come from `Ngrams` and `Selection` of `engram.tiers`.
+        That is: by n-gram, then by selected layer, then by selected column of its order. The
+        last four arguments are those of `engram.tiers.Selection`, and trusted.
 
         Args:
             windows: int32 `[N, max_order]`; entries from an n-gram's order on are not looked at.
-            orders: int32 `[N]`, each from `min_order` to `max_order`.
+            orders: int32 `[N]`.
             layers: int64, positions in `layer_ids`.
             columns: int64, column numbers.
             ordered: int64, positions in `columns`, grouped by order.
@@ -261,10 +251,19 @@ class NgramSpec:
 
         Returns:
             positions in `layer_ids`, int32 `[R]`, and row ids, int64 `[R]`.
+
+        Raises:
+            TokenError: windows of another dtype or shape, or an order that does not exist.
         """
-        found: tuple[Int32s, Int64s] = _kernels.hash_ngrams(
+        windows = self._checked_windows(windows)
+        if orders.dtype != np.int32 or orders.shape != windows.shape[:1]:
+            raise TokenError(
+                f"orders must be int32 [{len(windows)}], one for each window, "
+                f"not {orders.dtype} {list(orders.shape)}"
+            )
+        positions, row_ids, bad = _kernels.hash_ngrams(
             windows,
-            orders,
+            _plain(orders),
             self._multiplier_array,
             self._constant_array,
             self.min_order,
@@ -273,7 +272,21 @@ class NgramSpec:
             ordered,
             order_bounds,
         )
-        return found
+        if bad >= 0:
+            raise TokenError(
+                f"n-gram {bad} has order {orders[bad]}; "
+                f"the spec has orders {self.min_order} to {self.max_order}"
+            )
+        return positions, row_ids
+
+    def _checked_windows(self, windows: Int32s) -> Int32s:
+        array = np.asarray(windows)
+        if array.dtype != np.int32 or array.ndim != 2 or array.shape[1] != self.max_order:
+            raise TokenError(
+                f"windows must be int32 [N, {self.max_order}], "
+                f"not {array.dtype} {list(array.shape)}"
+            )
+        return _plain(array)
 
     def to_json(self) -> str:
         """Canonical JSON; the token map stands in it by its digest and compressed size."""
@@ -303,6 +316,13 @@ class NgramSpec:
                 "use the table that was made for this model",
                 field,
             )
+
+    def __repr__(self) -> str:
+        return (
+            f"<NgramSpec {self.family}: orders {self.min_order} to {self.max_order}, "
+            f"{self.heads} heads, {self.dim} values a row, layers {list(self.layer_ids)} "
+            f"of {[each.rows for each in self.layers]} rows>"
+        )
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, NgramSpec) else NotImplemented
@@ -364,10 +384,6 @@ def _require(holds: bool, otherwise: str) -> None:
         raise SpecError(otherwise)
 
 
-def _checked_windows(windows: Int32s, max_order: int) -> Int32s:
-    array = np.asarray(windows)
-    if array.dtype != np.int32 or array.ndim != 2 or array.shape[1] != max_order:
-        raise TokenError(
-            f"windows must be int32 [N, {max_order}], not {array.dtype} {list(array.shape)}"
-        )
+def _plain(array: Int32s) -> Int32s:
+    """Contiguous and writable: the one kind of array that kernels are compiled for."""
     return array if array.flags.carray else array.copy()

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from engram.spec._batch import Batch
+    from engram.spec._spec import NgramSpec
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -81,3 +86,22 @@ def hash_ngrams_twin(
     ]
     positions, row_ids = zip(*found, strict=True) if found else ((), ())
     return np.array(positions, np.int32), np.array(row_ids, np.int64)
+
+
+def row_ids_twin(spec: NgramSpec, batch: Batch) -> Int64s:
+    """`NgramSpec.row_ids` of a checked batch: int64 `[T, layers, columns]`."""
+    return hash_windows_twin(
+        windows_twin(
+            batch.tokens,
+            batch.starts,
+            batch.history,
+            spec.token_map,
+            spec.blocked_id,
+            spec.boundary_id,
+        ),
+        np.array([each.multipliers for each in spec.layers], np.int64),
+        np.array([each.primes for each in spec.layers], np.int64),
+        np.array([each.offsets for each in spec.layers], np.int64),
+        spec.min_order,
+        spec.heads,
+    )

@@ -46,6 +46,8 @@ def family_of_model(config: Config) -> Family:
     for kind in stated:
         if kind in known:
             return known[kind]
+    if not any(stated):
+        raise SpecError(f"{config.path} lacks model_type; it must be the config of a model")
     raise SpecError(
         f"{config.path}: model_type {stated[0]!r} has no n-gram memory that engram knows; "
         f"it knows {', '.join(sorted(known))}"

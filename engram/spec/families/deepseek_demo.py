@@ -129,6 +129,8 @@ def compressed_spec(
         raise SpecError(
             f"engram_vocab_size {sizes} must hold one positive size for each order 2..{max_order}"
         )
+    if seed < 0 or min(layer_ids, default=0) < 0:
+        raise SpecError(f"seed {seed} and layers {list(layer_ids)} must not be negative")
     token_map = token_map_of(tokenizer)
     if not 0 <= pad_id < len(token_map):
         raise SpecError(f"pad id {pad_id} is not in the vocabulary of {len(token_map)}")
