@@ -140,23 +140,21 @@ class RowLookup(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., row_ids: _Optional[bytes] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("request_id", "table", "fingerprint", "timeout_ms", "ngrams", "rows")
+    __slots__ = ("request_id", "table", "fingerprint", "ngrams", "rows")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
-    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     NGRAMS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     table: str
     fingerprint: str
-    timeout_ms: int
     ngrams: NgramLookup
     rows: RowLookup
-    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., fingerprint: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., ngrams: _Optional[_Union[NgramLookup, _Mapping]] = ..., rows: _Optional[_Union[RowLookup, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., fingerprint: _Optional[str] = ..., ngrams: _Optional[_Union[NgramLookup, _Mapping]] = ..., rows: _Optional[_Union[RowLookup, _Mapping]] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
-    __slots__ = ("request_id", "boot_id", "first_row", "rows", "last", "failed", "error", "values", "scales")
+    __slots__ = ("request_id", "boot_id", "first_row", "rows", "last", "failed", "error", "draining", "values", "scales")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +162,7 @@ class LookupResponse(_message.Message):
     LAST_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
     request_id: int
@@ -173,9 +172,10 @@ class LookupResponse(_message.Message):
     last: bool
     failed: _containers.RepeatedCompositeFieldContainer[FailedRows]
     error: Error
+    draining: bool
     values: bytes
     scales: bytes
-    def __init__(self, request_id: _Optional[int] = ..., boot_id: _Optional[str] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., last: bool = ..., failed: _Optional[_Iterable[_Union[FailedRows, _Mapping]]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., values: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., boot_id: _Optional[str] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., last: bool = ..., failed: _Optional[_Iterable[_Union[FailedRows, _Mapping]]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., draining: bool = ..., values: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
 
 class FailedRows(_message.Message):
     __slots__ = ("layer", "row_ids")
