@@ -1,0 +1,1 @@
+"""Model libraries whose resident tables can be replaced by one of ours."""

@@ -1,0 +1,130 @@
+"""Hugging Face transformers: a Qwen4-Exp model whose n-gram tables stay on SSD."""
+
+from __future__ import annotations
+
+import os
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.qwen4_exp import modeling_qwen4_exp as qwen4_exp
+
+from engram.errors import ModelError
+from engram.integrations import _qwen4_exp
+from engram.integrations._steps import SharedLookup
+
+if TYPE_CHECKING:
+    from engram.table import Table
+
+Model = TypeVar("Model")
+
+__all__ = ["load_offloaded", "offload"]
+
+
+def offload(model: Model, table: Table, *, check_rows: bool = True) -> Model:
+    """Let a model take its n-gram embeddings from `table`, and free its own tables.
+
+    The logits stay the same to the last bit where the table holds the model's own rows: with and
+    without cache, in chunks, with padding, in beams. One lookup per forward serves all layers, and
+    rows are prefetched from the ids at the text model's entry. Memory is freed as soon as nobody
+    else holds the model's `ngram_embedding` weights (a state dict taken before does).
+
+    A copy of the model shares the table. The table must stay open while the model is used.
+    `save_pretrained` is refused afterwards, because a checkpoint without the table would load with
+    random rows; with `state_dict=model.state_dict()` it saves everything else, for
+    `load_offloaded`.
+
+    Args:
+        model: an unmodified `Qwen4ExpForCausalLM`, `Qwen4ExpForConditionalGeneration`,
+            `Qwen4ExpModel` or `Qwen4ExpTextModel` of transformers 5.23, on any device.
+        table: from `engram.open` or `engram.connect`; its rows are rounded to the dtype of the
+            weights they stand in for.
+        check_rows: compare 64 rows of each layer with the model's before freeing those. Quantized
+            rows and weights on the meta device are never compared.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ModelError: not such a model, one without n-gram layers, or one offloaded before.
+        SpecMismatchError: the table was made for another model, with the field named.
+        The model is unchanged after an error.
+    """
+    text_model = _qwen4_exp.text_model_of(model)
+    layers = _qwen4_exp.ple_layers(text_model)
+    _qwen4_exp.spec_of(text_model.config).check_same(table.spec)
+    for layer, ple in layers.items():
+        _qwen4_exp.check_layer(table, layer, ple.ple_embedding)
+        if check_rows:
+            _qwen4_exp.check_rows(table, layer, ple.ple_embedding)
+    shared = SharedLookup(table, tuple(layers))
+    hooks = _qwen4_exp.StepHooks(text_model, shared)
+    for ple in layers.values():
+        ple.ple_embedding = _qwen4_exp.OffloadedNgramEmbedding(ple.ple_embedding, shared)
+    hooks.install(text_model)
+    for module in model.modules():  # type: ignore[attr-defined]
+        if isinstance(module, PreTrainedModel) and text_model in module.modules():
+            module.save_pretrained = MethodType(_save_without_table, module)
+    return model
+
+
+def _save_without_table(model: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("state_dict") is None:
+        raise ModelError(
+            "the model's n-gram tables are offloaded, so this checkpoint would lack them; pass "
+            "state_dict=model.state_dict() to save all the rest, or save before offload"
+        )
+    return type(model).save_pretrained(model, *args, **kwargs)
+
+
+def load_offloaded(
+    checkpoint: str | os.PathLike[str],
+    table: Table,
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+    **from_pretrained: Any,
+) -> Any:
+    """Load a checkpoint without its n-gram tables, which are never read nor given memory.
+
+    For models that would not fit into memory until `offload` frees their tables, and for
+    checkpoints that were saved after it.
+
+    Args:
+        checkpoint: directory or name, as for `from_pretrained`.
+        table: as for `offload`.
+        model_class: what to load; by default what the checkpoint's config names.
+        from_pretrained: passed on, for example `dtype` or `device_map`.
+
+    Returns:
+        The offloaded model.
+
+    Raises:
+        ModelError: the config names no Qwen4-Exp model.
+        SpecMismatchError: the table was made for another model, with the field named.
+    """
+    config = from_pretrained.pop("config", None) or AutoConfig.from_pretrained(checkpoint)
+    chosen = _class_of(config) if model_class is None else model_class
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        chosen.__init__(self, *args, **kwargs)
+        offload(self, table)
+
+    ignored = [*(chosen._keys_to_ignore_on_load_unexpected or []), r"\.ple_embedding\."]
+    members = {"__init__": build, "_keys_to_ignore_on_load_unexpected": ignored}
+    # from_pretrained builds the class it is called on, on the meta device, and then loads what its
+    # parameters ask for. So a class that is offloaded as it is built never asks for its tables.
+    tableless: Any = type(chosen.__name__, (chosen,), members | {"__module__": chosen.__module__})
+    model = tableless.from_pretrained(checkpoint, config=config, **from_pretrained)
+    model.__class__ = chosen
+    return model
+
+
+def _class_of(config: Any) -> type[PreTrainedModel]:
+    for name in config.architectures or ():
+        found = getattr(qwen4_exp, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise ModelError(
+        f"the checkpoint's config names {config.architectures}, none of them a Qwen4-Exp model; "
+        "pass model_class"
+    )
