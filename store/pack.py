@@ -149,7 +149,7 @@ def pack_rows_twin(
     rows: Bytes, layout: BlockLayout, seed: int, layer: int, first_row: int
 ) -> Bytes:
     """`pack_rows` in NumPy, without the last 16 bytes: its oracle."""
-    count, row_bytes = rows.shape
+    count = len(rows)
     per_block, blocks = layout.rows_per_block, layout.blocks(count)
     pages = np.zeros((blocks, PAGE_BYTES), np.uint8)
     for block in range(blocks):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from engram._jit import kernel, store_u8, store_u64
 from engram.errors import SelectionError
 from engram.rows import Bytes, RowFormat
 from engram.store.checks import mix64
-from engram.store.manifest import Schema
+from engram.store.manifest import Manifest, Schema
 from engram.store.source import table_seed_of
+from engram.store.writer import Progress, build_table
 
 _U64 = np.uint64
 _SCALE_WORDS = _U64(1 << 32)
@@ -163,7 +165,8 @@ def synthetic_rows_twin(
         words = (mix(keys[:, None] + counters) & _U64(shape.mask)) + _U64(shape.offset)
         numbers = words.astype("<u8").view(np.uint8).reshape(len(keys), -1)[:, :count]
         nan = ((numbers & 0x7F) == 0x7F) & shape.e4m3
-        return numbers ^ nan.astype(np.uint8)
+        cleared: Bytes = numbers ^ nan.astype(np.uint8)
+        return cleared
 
     layer_key = mix(np.array([table_seed ^ layer], np.uint64))
     keys = mix(layer_key ^ row_ids.astype(np.uint64))
@@ -195,3 +198,10 @@ class SyntheticSource:
         """Compute rows `first_row` onwards of `layer` into `out`, uint8 `[n, row_bytes]`."""
         row_ids = np.arange(first_row, first_row + len(out), dtype=np.int64)
         fill_synthetic_rows(self.table_seed, self._row_format, layer, row_ids, out)
+
+
+def build_synthetic(
+    destination: Path, schema: Schema, seed: int = 0, progress: Progress | None = None
+) -> Manifest:
+    """Make a synthetic table; arguments and errors as in `build_table`."""
+    return build_table(destination, schema, SyntheticSource(schema, seed), progress=progress)
