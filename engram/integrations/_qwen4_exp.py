@@ -44,8 +44,16 @@ class OffloadedNgramEmbedding(nn.Module):
         self.layer_idx: int = original.layer_idx
         self.context_len: int = original.context_len
         self.eos_token_id: int = original.eos_token_id
-        self.dtype: torch.dtype = original.ngram_embedding.weight.dtype
         self.shared = shared
+        # Stands in for the weights where a model is cast, so that the rows follow it.
+        like = torch.empty(0, dtype=original.ngram_embedding.weight.dtype)
+        self._like: torch.Tensor
+        self.register_buffer("_like", like, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings: that of the weights they stand in for."""
+        return self._like.dtype
 
     def forward(self, input_ids: torch.Tensor, past_key_values: Any) -> torch.Tensor:
         """Embed `input_ids` `[B, L]` after the ids in the cache: `[B, L, ple_embed_dim]`.
