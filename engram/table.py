@@ -187,9 +187,7 @@ class Table:
         """Free files, maps and connections; safe to call twice."""
         self._tier.close()
 
-    def _selection(
-        self, layers: Sequence[int] | None, columns: Sequence[int] | None
-    ) -> Selection:
+    def _selection(self, layers: Sequence[int] | None, columns: Sequence[int] | None) -> Selection:
         if layers is None and columns is None:
             return self._everything
         return Selection.of(self.spec, layers, columns)

@@ -180,9 +180,7 @@ def test_lookup_gives_the_rows_of_row_ids(tier, v41_table, arguments):
 
     for i, layer in enumerate(layers):
         wanted = np.ascontiguousarray(ids[:, table.layers.index(layer)][:, columns])
-        expected = synthetic_rows(
-            manifest.table_seed, table.row_format, layer, wanted.reshape(-1)
-        )
+        expected = synthetic_rows(manifest.table_seed, table.row_format, layer, wanted.reshape(-1))
         assert np.array_equal(packed[:, i].reshape(expected.shape), expected)
 
 

@@ -32,7 +32,11 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: bool = typer.Option(
-        False, "--version", help="Print the version and exit.", callback=_show_version, is_eager=True
+        False,
+        "--version",
+        help="Print the version and exit.",
+        callback=_show_version,
+        is_eager=True,
     ),
 ) -> None:
     """N-gram memory tables of language models: on SSD, verified, served bit-exactly."""

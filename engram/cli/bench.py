@@ -62,4 +62,3 @@ def register(app: typer.Typer) -> None:
                 figure.checksum,
             )
         console.print(grid)
-

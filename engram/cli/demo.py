@@ -61,9 +61,7 @@ def _demo(place: Path, vocab_size: int, tokens: int, steps: int) -> bool:
     model = tiny_model()
     model.save_pretrained(place / "qwen-checkpoint")
     _import(place / "qwen-checkpoint", place / "qwen")
-    with sidecar(
-        place / "engram.sock", {"v41": place / "v41", "qwen": place / "qwen"}
-    ) as target:
+    with sidecar(place / "engram.sock", {"v41": place / "v41", "qwen": place / "qwen"}) as target:
         console.print(f"[bold]3[/bold] {CLIENTS} client processes send the standard library's text")
         clients = _traffic(target, table["table_seed"], tokens, steps)
         console.print("[bold]4[/bold] the model, resident and offloaded")

@@ -76,7 +76,8 @@ def register(app: typer.Typer) -> None:
             None, help="The model's tokenizer.json (DeepSeek families)."
         ),
         row_format: str | None = typer.Option(
-            None, help="bf16, fp16, fp32, fp8-ue8m0, fp8, nvfp4 or nf4; the family's own if left out."
+            None,
+            help="bf16, fp16, fp32, fp8-ue8m0, fp8, nvfp4 or nf4; the family's own if left out.",
         ),
         seed: int = typer.Option(0, min=0, help="Seed of the row bytes."),
         as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),

@@ -1,0 +1,78 @@
+"""Run all benchmarks in one go: `python benchmarks/run.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import bench_hash
+import bench_import
+import bench_lookup
+from report import Line, save, show
+
+from engram.demo.corpus import tokenizer_file
+from engram.rows import RowFormat
+from engram.spec import NgramSpec
+from engram.ssd import schema_of
+from engram.store.synth import SyntheticSource
+from engram.store.writer import build_table
+
+PARTS = ("hash", "warm", "cold", "grpc", "import")
+
+
+def main(arguments: list[str]) -> None:
+    """Parse the command line, run the parts asked for, print and save their lines."""
+    parser = argparse.ArgumentParser(
+        description="Figures beside their limits and peers, measured in one run.",
+        epilog="example: python benchmarks/run.py --out benchmarks/results/mine --place /mnt/nvme",
+    )
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all if none")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--place", type=Path, help="where to put tables (10 GB); default: temp")
+    parser.add_argument("--out", type=Path, help="directory for results.json and results.md")
+    options = parser.parse_args(arguments)
+    parts = options.parts or list(PARTS)
+    if set(parts) - set(PARTS):
+        parser.error(f"unknown part; choose of {', '.join(PARTS)}")
+    place = Path(tempfile.mkdtemp(prefix="engram-bench-", dir=options.place))
+    try:
+        lines = _run(parts, place, options.smoke)
+    finally:
+        shutil.rmtree(place)
+    show(lines)
+    if options.out:
+        save(options.out, "python benchmarks/run.py " + " ".join(sys.argv[1:]), lines)
+
+
+def _run(parts: list[str], place: Path, smoke: bool) -> list[Line]:
+    lines: list[Line] = []
+    if "hash" in parts:
+        lines += bench_hash.run(smoke)
+    if {"warm", "cold", "grpc"} & set(parts):
+        table = _table(place / "table", 2_000 if smoke else 320_000)
+        if "warm" in parts:
+            lines += bench_lookup.warm(table, smoke)
+        if "grpc" in parts:
+            from bench_grpc import run as run_grpc
+
+            lines += run_grpc(table, smoke)
+        if "cold" in parts:
+            lines += bench_lookup.cold(table, smoke)
+        shutil.rmtree(table)
+    if "import" in parts:
+        lines += bench_import.run(place, smoke)
+    return lines
+
+
+def _table(path: Path, vocab_size: int) -> Path:
+    spec = NgramSpec.deepseek_v41(tokenizer=tokenizer_file(), engram_vocab_size=vocab_size)
+    schema = schema_of(spec, RowFormat("fp8-ue8m0", spec.dim))
+    build_table(path, schema, SyntheticSource(schema))
+    return path
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
