@@ -18,15 +18,24 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from engram._jit import copy_bytes, kernel, load_u32, store_u64
-from engram.rows import Bytes, Rows
-from engram.store.checks import row_check_twin, row_seed, xxh32
-from engram.store.layout import BLOCK_BYTES, CHECK_BYTES, PAGE_BYTES, PAGE_HEADER_BYTES
+from engram._jit import copy_bytes, kernel, load_u8, load_u32, store_u8, store_u64
+from engram.store.checks import row_seed, xxh32
+from engram.store.geometry import (
+    BAD_CHECK,
+    IO_ERROR,
+    OK,
+    REFUSED,
+    SHORT_READ,
+    load_int64,
+    locate,
+    rows_of,
+    unpack,
+)
+from engram.store.layout import BLOCK_BYTES, CHECK_BYTES
 
 DEPTH = 128
 """Reads under way at most, per gathering thread."""
@@ -37,15 +46,19 @@ GROUP = 8
 SLOW_GROUP_NS = 30_000
 """A group that takes longer has waited for the device; page faults alone stay below."""
 
-OK, BAD_CHECK, SHORT_READ, IO_ERROR, REFUSED = range(5)
-"""Fate of a row: fine, failed its check, beyond the file's end, failed to read, or in an extent
-that is refused until the table is reopened."""
-
 _ABSENT = 5
-_EINTR, _EAGAIN = 4, 11
+_EINTR = 4
 _RWF_NOWAIT = 8
 _WILLNEED = 3
 _CLOCK_MONOTONIC = 1
+
+# The kernel's own memory, on its stack: a row, its check, two words for the system, the group's
+# rows, and the reads under way.
+_CHECK = BLOCK_BYTES
+_WORDS = BLOCK_BYTES + 16
+_GROUP = _WORDS + 16
+_PENDING = _GROUP + GROUP * 24
+_SCRATCH_BYTES = _PENDING + DEPTH * 8
 
 _i32, _i64 = types.int32, types.int64
 _pread: Any = types.ExternalFunction("pread", _i64(_i32, _i64, _i64, _i64))
@@ -55,26 +68,24 @@ _errno_location: Any = types.ExternalFunction("__errno_location", _i64())
 _clock_gettime: Any = types.ExternalFunction("clock_gettime", _i32(_i32, _i64))
 
 
-class Geometry(NamedTuple):
-    """Where every row of a table lies.
+class _Request(NamedTuple):
+    """Addresses of the arrays of a request, and its length."""
 
-    Attributes:
-        value_bytes, row_bytes: of one row; its scales are the difference.
-        rows_per_block, extent_blocks: see `BlockLayout`.
-        table_seed: seed of the row checks.
-        layers: int64 `[L, 3]`: model layer index, rows, number of its first extent.
-        pages: int64 `[E]`: first page of each extent.
-        refused: uint8 `[E]`: 1 for extents whose rows are refused.
-    """
+    layers: Any
+    row_ids: Any
+    places: Any
+    values: Any
+    scales: Any
+    fates: Any
+    rows: Any
 
-    value_bytes: int
-    row_bytes: int
-    rows_per_block: int
-    extent_blocks: int
-    table_seed: np.uint64
-    layers: npt.NDArray[np.int64]
-    pages: npt.NDArray[np.int64]
-    refused: npt.NDArray[np.uint8]
+
+class _Source(NamedTuple):
+    """Descriptor of the file, address of its map or 0, address of the scratch memory."""
+
+    descriptor: Any
+    base: Any
+    scratch: Any
 
 
 @intrinsic
@@ -92,169 +103,173 @@ def _prefetch(typingctx: Any, address: Any) -> Any:
     return types.void(types.int64), codegen
 
 
+@intrinsic
+def _stack_scratch(typingctx: Any) -> Any:
+    """Address of `_SCRATCH_BYTES` on the stack of the kernel that calls this."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), _SCRATCH_BYTES // 8))
+        return builder.ptrtoint(room, ir.IntType(64))
+
+    return types.int64(), codegen
+
+
 @kernel
-def find_outside(layers, row_ids, places, room, bounds):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """Index of the first request that names a layer, row or place that does not exist, or -1."""
-    for i in range(len(row_ids)):
-        if layers[i] < 0 or layers[i] >= len(bounds):
+def _layer(request, i):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    return np.int64(np.int32(load_u32(request.layers + i * 4)))
+
+
+@kernel
+def _set_fate(request, i, fate):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    store_u8(request.fates + i, np.uint8(fate))
+
+
+@kernel
+def _find_outside(table, request, room):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Index of the first request for a layer, row or place that does not exist, or -1."""
+    for i in range(request.rows):
+        layer, row = _layer(request, i), load_int64(request.row_ids, i)
+        if layer < 0 or layer >= table.layer_count:
             return i
-        if row_ids[i] < 0 or row_ids[i] >= bounds[layers[i], 1]:
+        if row < 0 or row >= rows_of(table, layer):
             return i
-        if places[i] < 0 or places[i] >= room:
+        if request.places and not 0 <= load_int64(request.places, i) < room:
             return i
     return -1
 
 
 @kernel
-def locate(geometry, layer, row):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """(extent, file offset of the row, bytes from it to its check) of one row."""
-    per_block = np.uint64(geometry.rows_per_block)
-    block = np.uint64(row) // per_block
-    slot = np.int64(np.uint64(row) - block * per_block)
-    index = block // np.uint64(geometry.extent_blocks)
-    within = np.int64(block - index * np.uint64(geometry.extent_blocks))
-    extent = geometry.layers[layer, 2] + np.int64(index)
-    start = (geometry.pages[extent] + within) * PAGE_BYTES + PAGE_HEADER_BYTES
-    held = min(geometry.rows_per_block, geometry.layers[layer, 1] - (row - slot))
-    return (
-        extent,
-        start + slot * geometry.row_bytes,
-        (held - slot) * geometry.row_bytes + slot * CHECK_BYTES,
-    )
-
-
-@kernel
-def _deliver(geometry, scratch, check, layer, row, place, values, scales):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Verify the row in scratch and copy it out; returns its fate."""
-    seed = row_seed(geometry.table_seed, geometry.layers[layer, 0], row)
-    if xxh32(scratch, geometry.row_bytes, seed) != load_u32(check):
+def _deliver(table, request, i, row_bytes, check):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Verify the row at address `row_bytes` and copy it out; returns its fate."""
+    model_layer = load_int64(table.layers, 3 * _layer(request, i))
+    seed = row_seed(table.table_seed, model_layer, load_int64(request.row_ids, i))
+    if xxh32(row_bytes, table.row_bytes, seed) != load_u32(check):
         return BAD_CHECK
-    value_bytes = geometry.value_bytes
-    scale_bytes = geometry.row_bytes - value_bytes
-    copy_bytes(values + place * value_bytes, scratch, value_bytes)
+    place = load_int64(request.places, i)
+    value_bytes = table.value_bytes
+    scale_bytes = table.row_bytes - value_bytes
+    copy_bytes(request.values + place * value_bytes, row_bytes, value_bytes)
     if scale_bytes:
-        copy_bytes(scales + place * scale_bytes, scratch + value_bytes, scale_bytes)
+        copy_bytes(request.scales + place * scale_bytes, row_bytes + value_bytes, scale_bytes)
     return OK
 
 
 @kernel
-def _read(descriptor, vector, target, count, offset, wait):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Read `count` bytes into `target`: `OK`, `SHORT_READ`, `IO_ERROR`, or `_ABSENT` if they
-    would have to be waited for."""
+def _read_cached(source, count, offset):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Read into scratch what is in the page cache; `_ABSENT` if not all is, or to be safe."""
+    words = source.scratch + _WORDS
+    store_u64(words, np.uint64(source.scratch))
+    store_u64(words + 8, np.uint64(count))
+    got = _preadv2(np.int32(source.descriptor), words, np.int32(1), offset, np.int32(_RWF_NOWAIT))
+    # Less may be a hole in the cache, the file's end, an error, or a file system that knows no
+    # RWF_NOWAIT: the read that waits will tell.
+    return OK if got == count else _ABSENT
+
+
+@kernel
+def _read_waiting(source, count, offset):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     got = np.int64(0)
     while got < count:
-        if wait:
-            piece = _pread(np.int32(descriptor), target + got, count - got, offset + got)
-        else:
-            store_u64(vector, np.uint64(target))
-            store_u64(vector + 8, np.uint64(count))
-            piece = _preadv2(np.int32(descriptor), vector, np.int32(1), offset, _RWF_NOWAIT)
-            # A part, the end of the file, an error or a file system that knows no NOWAIT: the
-            # waiting read will tell.
-            return OK if piece == count else _ABSENT
-        if piece < 0 and load_u32(_errno_location()) != _EINTR:
-            return IO_ERROR
+        piece = _pread(np.int32(source.descriptor), source.scratch + got, count - got, offset + got)
         if piece == 0:
             return SHORT_READ
-        got += max(piece, 0)
+        if piece > 0:
+            got += piece
+        elif load_u32(_errno_location()) != _EINTR:
+            return IO_ERROR
     return OK
 
 
 @kernel
-def _read_row(geometry, descriptor, scratch, request, i, out, wait):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    layers, row_ids, places = request
-    values, scales = out
-    extent, offset, check = locate(geometry, layers[i], row_ids[i])
-    if geometry.refused[extent]:
+def _read_row(table, source, request, i, wait):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    extent, offset, check = locate(table, _layer(request, i), load_int64(request.row_ids, i))
+    if load_u8(table.refused + extent):
         return REFUSED
-    fate = _read(descriptor, scratch + BLOCK_BYTES + 8, scratch, check + CHECK_BYTES, offset, wait)
-    if fate == _ABSENT:
-        _fadvise(np.int32(descriptor), offset, check + CHECK_BYTES, np.int32(_WILLNEED))
+    count = check + CHECK_BYTES
+    if wait:
+        fate = _read_waiting(source, count, offset)
+    else:
+        fate = _read_cached(source, count, offset)
+        if fate == _ABSENT:
+            _fadvise(np.int32(source.descriptor), offset, count, np.int32(_WILLNEED))
     if fate != OK:
         return fate
-    return _deliver(
-        geometry, scratch, scratch + check, layers[i], row_ids[i], places[i], values, scales
-    )
+    return _deliver(table, request, i, source.scratch, source.scratch + check)
 
 
 @kernel
-def _pipe(geometry, descriptor, scratch, request, out, fates, pending, i, calm, calm_enough):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _pipe(table, source, request, i, calm, calm_enough):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """Read rows from `i` on, `DEPTH` at once, until `calm_enough` in sequence were cached.
 
     Returns the next row to read and the length of the last sequence.
     """
+    pending = source.scratch + _PENDING
     head = tail = 0
-    while i < len(fates) and calm < calm_enough:
-        fates[i] = _read_row(geometry, descriptor, scratch, request, i, out, False)
+    while i < request.rows and calm < calm_enough:
+        fate = _read_row(table, source, request, i, False)
         calm += 1
-        if fates[i] == _ABSENT:
+        if fate != _ABSENT:
+            _set_fate(request, i, fate)
+        else:
             calm = 0
             if tail - head == DEPTH:
-                late = pending[head % DEPTH]
-                fates[late] = _read_row(geometry, descriptor, scratch, request, late, out, True)
+                late = load_int64(pending, head % DEPTH)
+                _set_fate(request, late, _read_row(table, source, request, late, True))
                 head += 1
-            pending[tail % DEPTH] = i
+            store_u64(pending + (tail % DEPTH) * 8, np.uint64(i))
             tail += 1
         i += 1
     while head < tail:
-        late = pending[head % DEPTH]
-        fates[late] = _read_row(geometry, descriptor, scratch, request, late, out, True)
+        late = load_int64(pending, head % DEPTH)
+        _set_fate(request, late, _read_row(table, source, request, late, True))
         head += 1
     return i, calm
 
 
 @kernel
-def _now_ns(clock):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    _clock_gettime(_CLOCK_MONOTONIC, np.int64(clock.ctypes.data))
-    return clock[0] * 1_000_000_000 + clock[1]
-
-
-@kernel
-def _copy_group(geometry, base, scratch, request, out, fates, places_of, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    layers, row_ids, places = request
-    values, scales = out
+def _copy_group(table, source, request, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    group = source.scratch + _GROUP
     for i in range(first, last):
-        extent, offset, check = locate(geometry, layers[i], row_ids[i])
-        source = base + offset
-        places_of[i - first, 0] = extent
-        places_of[i - first, 1] = source
-        places_of[i - first, 2] = check
-        for line in range(0, geometry.row_bytes, 64):
-            _prefetch(source + line)
-        _prefetch(source + check)
+        extent, offset, check = locate(table, _layer(request, i), load_int64(request.row_ids, i))
+        row = source.base + offset
+        for line in range(0, table.row_bytes, 64):
+            _prefetch(row + line)
+        _prefetch(row + check)
+        entry = group + (i - first) * 24
+        store_u64(entry, np.uint64(extent))
+        store_u64(entry + 8, np.uint64(row))
+        store_u64(entry + 16, np.uint64(check))
     for i in range(first, last):
-        if geometry.refused[places_of[i - first, 0]]:
-            fates[i] = REFUSED
+        entry = group + (i - first) * 24
+        extent, row, check = load_int64(entry, 0), load_int64(entry, 1), load_int64(entry, 2)
+        if load_u8(table.refused + extent):
+            _set_fate(request, i, REFUSED)
             continue
-        source, check = places_of[i - first, 1], places_of[i - first, 2]
-        copy_bytes(scratch, source, geometry.row_bytes)
-        copy_bytes(scratch + BLOCK_BYTES, source + check, CHECK_BYTES)
-        fates[i] = _deliver(
-            geometry,
-            scratch,
-            scratch + BLOCK_BYTES,
-            layers[i],
-            row_ids[i],
-            places[i],
-            values,
-            scales,
-        )
+        copy_bytes(source.scratch, row, table.row_bytes)
+        copy_bytes(source.scratch + _CHECK, row + check, CHECK_BYTES)
+        fate = _deliver(table, request, i, source.scratch, source.scratch + _CHECK)
+        _set_fate(request, i, fate)
 
 
 @kernel
-def _copy(geometry, base, scratch, request, out, fates, i):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _now_ns(source):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    words = source.scratch + _WORDS
+    _clock_gettime(np.int32(_CLOCK_MONOTONIC), words)
+    return load_int64(words, 0) * 1_000_000_000 + load_int64(words, 1)
+
+
+@kernel
+def _copy(table, source, request, i):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """Copy rows from `i` on through the map until a group was slow.
 
     Returns the next row to read and whether the last group was slow.
     """
-    clock = np.empty(2, np.int64)
-    places_of = np.empty((GROUP, 3), np.int64)
-    before = _now_ns(clock)
-    while i < len(fates):
-        last = min(i + GROUP, len(fates))
-        _copy_group(geometry, base, scratch, request, out, fates, places_of, i, last)
+    before = _now_ns(source)
+    while i < request.rows:
+        last = min(i + GROUP, request.rows)
+        _copy_group(table, source, request, i, last)
         i = last
-        after = _now_ns(clock)
+        after = _now_ns(source)
         if after - before > SLOW_GROUP_NS:
             return i, True
         before = after
@@ -262,116 +277,63 @@ def _copy(geometry, base, scratch, request, out, fates, i):  # type: ignore[no-u
 
 
 @kernel
-def gather(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    value_bytes,  # noqa: ANN001
-    row_bytes,  # noqa: ANN001
-    rows_per_block,  # noqa: ANN001
-    extent_blocks,  # noqa: ANN001
-    table_seed,  # noqa: ANN001
-    bounds,  # noqa: ANN001
-    pages,  # noqa: ANN001
-    refused,  # noqa: ANN001
-    descriptor,  # noqa: ANN001
-    base,  # noqa: ANN001
-    calm,  # noqa: ANN001
-    layers,  # noqa: ANN001
-    row_ids,  # noqa: ANN001
-    places,  # noqa: ANN001
-    values,  # noqa: ANN001
-    scales,  # noqa: ANN001
-    fates,  # noqa: ANN001
-):
-    """Gather rows; arguments are valid (see `StoreReader.gather`).
+def gather(geometry, descriptor, base, calm, layers, row_ids, places, values, scales, fates):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Gather rows; dtypes and widths are valid (see `StoreReader.gather`).
 
     Args:
-        value_bytes .. refused: the fields of `Geometry`, in order.
+        geometry: `Geometry.packed`.
         descriptor: of the data file.
         base: address of its map, or 0 to read without it.
-        calm: what the last call returned, 0 at first.
+        calm: as returned by the call before, 0 at first.
         layers, row_ids, places: int32, int64, int64 `[R]`.
         values, scales: uint8 `[R', bytes]`, where rows go.
         fates: uint8 `[R]`, set for every row.
 
     Returns:
-        Rows in sequence, at most about `CALM_ROWS`, that were found in the page cache.
+        The length, up to `CALM_ROWS`, of the last sequence of rows found in the page cache; or
+        -1 - i, with nothing written, if request i names something that does not exist.
     """
-    geometry = Geometry(
-        value_bytes, row_bytes, rows_per_block, extent_blocks, table_seed, bounds, pages, refused
+    table = unpack(geometry)
+    source = _Source(np.int64(descriptor), np.int64(base), _stack_scratch())
+    request = _Request(
+        np.int64(layers.ctypes.data),
+        np.int64(row_ids.ctypes.data),
+        np.int64(places.ctypes.data),
+        np.int64(values.ctypes.data),
+        np.int64(scales.ctypes.data),
+        np.int64(fates.ctypes.data),
+        len(fates),
     )
-    room = np.empty(PAGE_BYTES + 64, np.uint8)
-    scratch = np.int64(room.ctypes.data)
-    pending = np.empty(DEPTH, np.int64)
-    request = (layers, row_ids, places)
-    out = (np.int64(values.ctypes.data), np.int64(scales.ctypes.data))
+    outside = _find_outside(table, request, len(values))
+    if outside >= 0:
+        return -1 - outside
     i = 0
-    while i < len(fates):
+    while i < request.rows:
         if base == 0:
-            i, calm = _pipe(
-                geometry, descriptor, scratch, request, out, fates, pending, i, 0, len(fates) + 1
-            )
+            i, _ = _pipe(table, source, request, i, 0, request.rows + 1)
         elif calm < CALM_ROWS:
-            i, calm = _pipe(
-                geometry, descriptor, scratch, request, out, fates, pending, i, calm, CALM_ROWS
-            )
+            i, calm = _pipe(table, source, request, i, calm, CALM_ROWS)
         else:
-            i, slow = _copy(geometry, base, scratch, request, out, fates, i)
+            i, slow = _copy(table, source, request, i)
             if slow:
                 calm = 0
     return calm
 
 
 @kernel
-def touch(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    value_bytes,  # noqa: ANN001
-    row_bytes,  # noqa: ANN001
-    rows_per_block,  # noqa: ANN001
-    extent_blocks,  # noqa: ANN001
-    table_seed,  # noqa: ANN001
-    bounds,  # noqa: ANN001
-    pages,  # noqa: ANN001
-    refused,  # noqa: ANN001
-    descriptor,  # noqa: ANN001
-    layers,  # noqa: ANN001
-    row_ids,  # noqa: ANN001
-):
-    """Start reading the blocks of these rows into the page cache; waits only for queue space."""
-    geometry = Geometry(
-        value_bytes, row_bytes, rows_per_block, extent_blocks, table_seed, bounds, pages, refused
+def touch(geometry, descriptor, layers, row_ids):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Start reading the blocks of rows into the page cache; waits only for room in the queue.
+
+    Returns 0, or -1 - i, with nothing done, if request i names something that does not exist.
+    """
+    table = unpack(geometry)
+    request = _Request(
+        np.int64(layers.ctypes.data), np.int64(row_ids.ctypes.data), 0, 0, 0, 0, len(row_ids)
     )
-    for i in range(len(row_ids)):
-        _, offset, check = locate(geometry, layers[i], row_ids[i])
+    outside = _find_outside(table, request, 0)
+    if outside >= 0:
+        return -1 - outside
+    for i in range(request.rows):
+        _, offset, check = locate(table, _layer(request, i), load_int64(request.row_ids, i))
         _fadvise(np.int32(descriptor), offset, check + CHECK_BYTES, np.int32(_WILLNEED))
-
-
-def gather_twin(
-    geometry: Geometry,
-    file: Bytes,
-    layers: npt.NDArray[np.int32],
-    row_ids: npt.NDArray[np.int64],
-    places: npt.NDArray[np.int64],
-    out: Rows,
-) -> Bytes:
-    """`gather` in plain Python over the file's bytes; returns the fates: its oracle."""
-    fates = np.zeros(len(row_ids), np.uint8)
-    for i, (layer, row, place) in enumerate(zip(layers, row_ids, places, strict=True)):
-        model_layer, rows, first_extent = (int(number) for number in geometry.layers[layer])
-        block, slot = divmod(int(row), geometry.rows_per_block)
-        extent, within = divmod(block, geometry.extent_blocks)
-        held = min(geometry.rows_per_block, rows - block * geometry.rows_per_block)
-        start = (int(geometry.pages[first_extent + extent]) + within) * PAGE_BYTES
-        page = file[start + PAGE_HEADER_BYTES : start + PAGE_BYTES].tobytes()
-        data = page[slot * geometry.row_bytes : (slot + 1) * geometry.row_bytes]
-        found = page[held * geometry.row_bytes + slot * CHECK_BYTES :][:CHECK_BYTES]
-        wanted = row_check_twin(data, int(geometry.table_seed), model_layer, int(row))
-        if geometry.refused[first_extent + extent]:
-            fates[i] = REFUSED
-        elif len(found) < CHECK_BYTES:
-            fates[i] = SHORT_READ
-        elif int.from_bytes(found, "little") != wanted:
-            fates[i] = BAD_CHECK
-        else:
-            row_bytes = np.frombuffer(data, np.uint8)
-            out.values[place] = row_bytes[: geometry.value_bytes]
-            if out.scales is not None:
-                out.scales[place] = row_bytes[geometry.value_bytes :]
-    return fates
+    return 0

@@ -13,10 +13,11 @@ import numpy.typing as npt
 from engram.errors import RowIntegrityError, SelectionError, StoreError
 from engram.rows import Rows
 from engram.store import datafile, gather
-from engram.store.manifest import Manifest, Physical, read_manifest
+from engram.store.geometry import OK, Geometry
+from engram.store.manifest import read_manifest
 
 _NO_SCALES = np.empty((0, 0), np.uint8)
-_ROWS_PER_CALL = 16384
+_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 
 
 class _OpenFile:
@@ -81,7 +82,7 @@ class StoreReader:
                 raise type(error)(f"{self.path}: {error}") from None
             raise
         self.layers = tuple(layer for layer, _ in self.manifest.layers)
-        self._geometry = geometry_of(self.manifest, physical)
+        self._geometry = Geometry.of(self.manifest, physical)
         self._calm = 0
 
     def gather(
@@ -105,23 +106,24 @@ class StoreReader:
             StoreError: the reader is closed.
         """
         file = self._opened()
-        self._check_request(layers, row_ids, places, out)
+        self._check_arrays(layers, row_ids, places)
+        out.check(out.values.shape[:1], self.manifest.row_format)
         fates = np.empty(len(row_ids), np.uint8)
-        scales = _NO_SCALES if out.scales is None else out.scales
-        for first in range(0, len(row_ids), _ROWS_PER_CALL):
-            part = slice(first, first + _ROWS_PER_CALL)
-            self._calm = gather.gather(
-                *self._geometry,
-                file.descriptor,
-                file.base,
-                self._calm,
-                layers[part],
-                row_ids[part],
-                places[part],
-                out.values,
-                scales,
-                fates[part],
-            )
+        result = gather.gather(
+            self._geometry.packed,
+            file.descriptor,
+            file.base,
+            self._calm,
+            layers,
+            row_ids,
+            places,
+            out.values,
+            _NO_SCALES if out.scales is None else out.scales,
+            fates,
+        )
+        if result < 0:
+            raise self._outside(-1 - result, layers, row_ids)
+        self._calm = result
         if fates.any():
             raise self._failure(fates, layers, row_ids)
 
@@ -136,8 +138,10 @@ class StoreReader:
             StoreError: the reader is closed.
         """
         file = self._opened()
-        self._check_rows(layers, row_ids, np.zeros(len(row_ids), np.int64), 1)
-        gather.touch(*self._geometry, file.descriptor, layers, row_ids)
+        self._check_arrays(layers, row_ids, row_ids)
+        result = gather.touch(self._geometry.packed, file.descriptor, layers, row_ids)
+        if result < 0:
+            raise self._outside(-1 - result, layers, row_ids)
 
     def close(self) -> None:
         """Free file and map, once no gather uses them any more. Safe to call twice."""
@@ -148,40 +152,34 @@ class StoreReader:
             raise StoreError(f"{self.path}: the table is closed; open it again")
         return self._file
 
-    def _check_request(
+    def _check_arrays(
         self,
         layers: npt.NDArray[np.int32],
         row_ids: npt.NDArray[np.int64],
         places: npt.NDArray[np.int64],
-        out: Rows,
     ) -> None:
-        out.check(out.values.shape[:1], self.manifest.row_format)
-        self._check_rows(layers, row_ids, places, len(out.values))
-
-    def _check_rows(
-        self,
-        layers: npt.NDArray[np.int32],
-        row_ids: npt.NDArray[np.int64],
-        places: npt.NDArray[np.int64],
-        room: int,
-    ) -> None:
+        count = row_ids.shape
         for name, array, dtype in (
-            ("layers", layers, np.int32),
-            ("row_ids", row_ids, np.int64),
-            ("places", places, np.int64),
+            ("layers", layers, _INT32),
+            ("row_ids", row_ids, _INT64),
+            ("places", places, _INT64),
         ):
-            if array.dtype != dtype or array.shape != row_ids.shape or array.ndim != 1:
+            if array.dtype != dtype or array.shape != count or array.ndim != 1:
                 raise SelectionError(
-                    f"{name} must be {np.dtype(dtype)} [{row_ids.size}], "
+                    f"{name} must be {dtype} [{row_ids.size}], "
                     f"not {array.dtype} {list(array.shape)}"
                 )
-        bad = gather.find_outside(layers, row_ids, places, room, self._geometry.layers)
-        if bad >= 0:
-            raise SelectionError(
-                f"{self.path}: request {bad} (layer position {layers[bad]}, row {row_ids[bad]}, "
-                f"place {places[bad]} of {room}) does not exist; "
-                f"layers and rows are {list(self.manifest.layers)}"
-            )
+            if not array.flags.c_contiguous:
+                raise SelectionError(f"{name} must be C-contiguous")
+
+    def _outside(
+        self, index: int, layers: npt.NDArray[np.int32], row_ids: npt.NDArray[np.int64]
+    ) -> SelectionError:
+        return SelectionError(
+            f"{self.path}: request {index} (layer position {layers[index]}, row {row_ids[index]}) "
+            "names a layer, row or place that does not exist; "
+            f"layers and their rows are {list(self.manifest.layers)}"
+        )
 
     def _failure(
         self,
@@ -190,27 +188,7 @@ class StoreReader:
         row_ids: npt.NDArray[np.int64],
     ) -> RowIntegrityError:
         failures = {
-            self.layers[layer]: row_ids[(fates != gather.OK) & (layers == layer)].tolist()
-            for layer in np.unique(layers[fates != gather.OK])
+            self.layers[layer]: row_ids[(fates != OK) & (layers == layer)].tolist()
+            for layer in np.unique(layers[fates != OK])
         }
         return RowIntegrityError.of(failures, str(self.path))
-
-
-def geometry_of(manifest: Manifest, physical: Physical) -> gather.Geometry:
-    """Where the rows of a table lie, for the kernels."""
-    layout = manifest.layout
-    counts = [layout.extents(rows) for _, rows in manifest.layers]
-    layers = [
-        (layer, rows, sum(counts[:position]))
-        for position, (layer, rows) in enumerate(manifest.layers)
-    ]
-    return gather.Geometry(
-        manifest.row_format.value_bytes,
-        layout.row_bytes,
-        layout.rows_per_block,
-        layout.extent_blocks,
-        np.uint64(manifest.table_seed),
-        np.array(layers, np.int64).reshape(-1, 3),
-        np.array(physical.extent_pages, np.int64),
-        np.zeros(len(physical.extent_pages), np.uint8),
-    )
