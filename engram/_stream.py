@@ -1,0 +1,145 @@
+"""One Lookup stream of a client: many requests in flight, their replies told apart.
+
+A reader thread hands each reply to the call that waits for it, and does nothing else: rows are
+copied by the thread that asked, so nothing writes into a caller's buffer after its call ended.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import grpc
+
+from engram._wire import error_of, error_of_status
+from engram.errors import EngramError, UnavailableError
+from engram.proto.v1 import engram_pb2 as pb
+
+
+class StreamLostError(UnavailableError):
+    """The stream ended before the answer was complete; another one may serve the request."""
+
+
+class Pending:
+    """A request in flight."""
+
+    def __init__(self, request_id: int, deadline: float) -> None:
+        self.request_id = request_id
+        self.arrived: SimpleQueue[pb.LookupResponse | EngramError] = SimpleQueue()
+        self._deadline = deadline
+
+    def replies(self) -> Iterator[pb.LookupResponse]:
+        """Replies as they come, to the last.
+
+        Raises:
+            ServiceError: the request failed, or no reply came by the deadline.
+        """
+        while True:
+            try:
+                reply = self.arrived.get(timeout=max(0.0, self._deadline - time.monotonic()))
+            except Empty:
+                raise UnavailableError(
+                    "the sidecar did not answer in time; is it stopped, or its disk stuck?"
+                ) from None
+            if isinstance(reply, EngramError):
+                raise reply
+            if reply.HasField("error"):
+                raise error_of(reply.error.code, reply.error.message)
+            yield reply
+            if reply.last:
+                return
+
+
+class LookupStream:
+    """An open stream; use from any thread.
+
+    Args:
+        stub: where to open it.
+        target: how messages name the sidecar.
+        ended: called once nothing more will come.
+    """
+
+    def __init__(self, stub: Any, target: str, ended: Callable[[], None]) -> None:
+        self._target = target
+        self._on_end = ended
+        self._lock = threading.Lock()
+        self._pending: dict[int, Pending] = {}
+        self._last_id = 0
+        self._ended: EngramError | None = None
+        self._requests: SimpleQueue[pb.LookupRequest | None] = SimpleQueue()
+        self._call = stub.Lookup(iter(self._requests.get, None))
+        self.boot_id = ""
+        threading.Thread(target=self._receive, name="engram-lookup", daemon=True).start()
+
+    @property
+    def usable(self) -> bool:
+        """Whether new requests can be sent."""
+        return self._ended is None
+
+    def send(self, request: pb.LookupRequest, timeout_s: float) -> Pending:
+        """Send `request` under an id of its own.
+
+        Raises:
+            StreamLostError: the stream has ended.
+        """
+        with self._lock:
+            if self._ended is not None:
+                raise StreamLostError(str(self._ended))
+            self._last_id += 1
+            pending = Pending(self._last_id, time.monotonic() + timeout_s)
+            self._pending[self._last_id] = pending
+            request.request_id = self._last_id
+            self._requests.put(request)
+        return pending
+
+    def forget(self, pending: Pending) -> None:
+        """Ignore what still comes for `pending`."""
+        with self._lock:
+            self._pending.pop(pending.request_id, None)
+
+    def close(self) -> None:
+        """End the stream; requests in flight fail."""
+        self._end(UnavailableError(f"the connection to {self._target} was closed"))
+        self._call.cancel()
+
+    def _receive(self) -> None:
+        try:
+            for reply in self._call:
+                self._deliver(reply)
+            self._lose(f"the sidecar at {self._target} ended the connection; try again")
+        except grpc.RpcError as error:
+            status, details = error.code(), error.details() or "no details"
+            self._lose(str(error_of_status(status, details, self._target)))
+        except Exception as error:
+            self._lose(f"the stream to {self._target} failed: {type(error).__name__}: {error}")
+        finally:
+            self._on_end()
+
+    def _deliver(self, reply: pb.LookupResponse) -> None:
+        if reply.draining:
+            # What was sent is still answered; half-closing says that nothing follows.
+            with self._lock:
+                self._ended = UnavailableError(f"the sidecar at {self._target} is shutting down")
+                self._requests.put(None)
+            return
+        self.boot_id = reply.boot_id
+        with self._lock:
+            pending = self._pending.get(reply.request_id)
+            if reply.last:
+                self._pending.pop(reply.request_id, None)
+        if pending is not None:
+            pending.arrived.put(reply)
+
+    def _lose(self, reason: str) -> None:
+        self._end(StreamLostError(reason))
+
+    def _end(self, reason: EngramError) -> None:
+        with self._lock:
+            self._ended = self._ended or reason
+            pending, self._pending = self._pending, {}
+            self._requests.put(None)
+        for each in pending.values():
+            each.arrived.put(reason)

@@ -1,0 +1,394 @@
+"""Tables served by a sidecar: `connect`, and the tier that asks it over gRPC."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import numpy as np
+
+from engram._channel import Tls, open_channel
+from engram._stream import LookupStream, Pending, StreamLostError
+from engram._wire import error_of_status, merge_failures, pack_ngrams, scatter_rows
+from engram.errors import (
+    RowIntegrityError,
+    ServiceError,
+    SpecMismatchError,
+    UnavailableError,
+    UnknownTableError,
+)
+from engram.proto.v1 import engram_pb2 as pb
+from engram.proto.v1.engram_pb2_grpc import EngramStub
+from engram.rows import RowFormat, Rows
+from engram.spec import NgramSpec
+from engram.store.checks import digest
+from engram.table import Table
+from engram.tiers import Int64s, Ngrams, Selection, Tier
+
+REQUEST_ROWS_MAX = 1 << 14
+"""Rows asked for at once: enough to read at depth, few enough that several requests overlap."""
+REQUESTS_IN_FLIGHT_MAX = 4
+PREFETCHES_IN_FLIGHT_MAX = 64
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One request of a lookup, and the rows of the lookup that it asks for."""
+
+    request: pb.LookupRequest
+    first_row: int
+    rows: int
+
+
+class _Connection:
+    """A channel, what the sidecar said about the table, and the Lookup stream on it."""
+
+    def __init__(self, target: str, name: str | None, tls: Tls, timeout_s: float) -> None:
+        self.target = target
+        self.timeout_s = timeout_s
+        self.channel = open_channel(target, tls)
+        self.stub: Any = EngramStub(self.channel)  # type: ignore[no-untyped-call]
+        try:
+            self.table = self._describe(name)
+            self.stream = LookupStream(self.stub, target, self.channel.close)
+        except BaseException:
+            self.channel.close()
+            raise
+        self.owner = os.getpid()
+
+    def _describe(self, name: str | None) -> pb.GetTableResponse:
+        try:
+            if name is None:
+                name = self._only_table()
+            described: pb.GetTableResponse = self.stub.GetTable(
+                pb.GetTableRequest(name=name), timeout=self.timeout_s
+            )
+        except grpc.RpcError as error:
+            raise error_of_status(
+                error.code(), error.details() or "no details", self.target
+            ) from None
+        return described
+
+    def _only_table(self) -> str:
+        listed = self.stub.ListTables(pb.ListTablesRequest(), timeout=self.timeout_s)
+        names: list[str] = [table.name for table in listed.tables]
+        if len(names) != 1:
+            raise UnknownTableError(
+                f"the sidecar at {self.target} serves {len(names)} tables; "
+                f"name one of: {', '.join(names)}"
+            )
+        return names[0]
+
+    def close(self) -> None:
+        # A forked child has none of gRPC's threads; closing there could wait for ever.
+        if self.owner == os.getpid():
+            self.stream.close()
+
+
+class _Link:
+    """The connection in use, renewed after it broke; what outlives a lost sidecar."""
+
+    def __init__(self, connection: _Connection, tls: Tls) -> None:
+        self.now = connection
+        self.tls = tls
+        self.lock = threading.Lock()
+        self.reconnects = 0
+        self.closed = False
+
+    def connection(self) -> _Connection:
+        """A usable connection to the same table.
+
+        Raises:
+            UnavailableError: there is none, or this process is a fork of the one that connected.
+            SpecMismatchError: the sidecar now serves another table under the name.
+        """
+        with self.lock:
+            if self.closed:
+                raise UnavailableError("the table is closed; connect again")
+            if self.now.owner != os.getpid():
+                raise UnavailableError(
+                    "gRPC does not survive a fork; call engram.connect in the child process, "
+                    "or start it with the 'spawn' method"
+                )
+            if self.now.stream.usable:
+                return self.now
+            before = self.now
+            fresh = _Connection(before.target, before.table.name, self.tls, before.timeout_s)
+            if fresh.table.fingerprint != before.table.fingerprint:
+                fresh.close()
+                raise SpecMismatchError(
+                    f"{before.table.name} at {before.target} is now another table (fingerprint "
+                    f"{fresh.table.fingerprint}, was {before.table.fingerprint}); connect again",
+                    "fingerprint",
+                )
+            self.now = fresh
+            self.reconnects += 1
+        return fresh
+
+    def close(self) -> None:
+        self.closed = True
+        self.now.close()
+
+
+class RemoteTier(Tier):
+    """Asks a sidecar for rows. See `connect` for the arguments and errors.
+
+    A lookup is cut into requests within the sidecar's limits, several of them in flight. When the
+    sidecar went away in between, the lookup is tried once more on a new connection.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        name: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        tls: Tls | None = None,
+    ) -> None:
+        tls = tls or Tls()
+        connection = _Connection(target, name, tls, timeout_s)
+        try:
+            table = connection.table
+            self.name = table.name
+            self.fingerprint = table.fingerprint
+            self.spec = _spec_of(table)
+            self.row_format = _row_format_of(table)
+        except BaseException:
+            connection.close()
+            raise
+        self._target = target
+        self._timeout_s = timeout_s
+        self._link = _Link(connection, tls)
+        self._lock = threading.Lock()
+        self._prefetching = 0
+        self._counters = dict.fromkeys(
+            ("requests", "rows_read", "rows_failed", "prefetches", "prefetches_dropped"), 0
+        )
+        self._finalizer = weakref.finalize(self, self._link.close)
+
+    def read(self, ngrams: Ngrams, selection: Selection, out: Rows, places: Int64s) -> None:
+        def parts(limits: pb.Limits) -> Iterator[_Part]:
+            widths = len(selection.layers) * np.diff(selection.order_bounds)
+            counts = widths[ngrams.orders - selection.min_order]
+            step = _step(limits, int(widths.max()), 1 + 4 * self.spec.max_order)
+            first_row = 0
+            for at in range(0, len(ngrams), step):
+                rows = int(counts[at : at + step].sum())
+                lookup = pb.NgramLookup(
+                    ngrams=pack_ngrams(_slice(ngrams, at, at + step)),
+                    layers=selection.layers,
+                    columns=selection.columns,
+                )
+                yield _Part(self._request(ngrams=lookup), first_row, rows)
+                first_row += rows
+
+        self._look_up(parts, out, places)
+
+    def read_rows(self, layer: int, row_ids: Int64s, out: Rows, places: Int64s) -> None:
+        def parts(limits: pb.Limits) -> Iterator[_Part]:
+            step = _step(limits, 1, 8)
+            for at in range(0, len(row_ids), step):
+                ids = row_ids[at : at + step].astype("<i8", copy=False)
+                lookup = pb.RowLookup(layer=layer, row_ids=ids.tobytes())
+                yield _Part(self._request(rows=lookup), at, len(ids))
+
+        self._look_up(parts, out, places)
+
+    def _request(self, **rows_of: Any) -> pb.LookupRequest:
+        return pb.LookupRequest(table=self.name, fingerprint=self.fingerprint, **rows_of)
+
+    def _look_up(self, parts: Any, out: Rows, places: Int64s) -> None:
+        connection = self._link.connection()
+        try:
+            failures = self._exchange(connection, parts(connection.table.limits), out, places)
+        except StreamLostError:
+            # Rows are immutable, so asking again is safe; a sidecar that restarted answers.
+            connection = self._link.connection()
+            failures = self._exchange(connection, parts(connection.table.limits), out, places)
+        self._count(rows_read=len(places), rows_failed=sum(map(len, failures.values())))
+        if failures:
+            raise RowIntegrityError.of({**failures}, self.name)
+
+    def _exchange(
+        self, connection: _Connection, parts: Iterable[_Part], out: Rows, places: Int64s
+    ) -> dict[int, list[int]]:
+        """Send every part, a few at a time; the failed rows by model layer."""
+        stream = connection.stream
+        failures: dict[int, list[int]] = {}
+        waiting: list[tuple[Pending, _Part]] = []
+        todo = iter(parts)
+        try:
+            while True:
+                while len(waiting) < REQUESTS_IN_FLIGHT_MAX and (part := next(todo, None)):
+                    waiting.append((stream.send(part.request, self._timeout_s), part))
+                    self._count(requests=1)
+                if not waiting:
+                    return failures
+                self._receive(*waiting[0], failures, out, places)
+                waiting.pop(0)
+        finally:
+            for pending, _ in waiting:
+                stream.forget(pending)
+
+    def _receive(
+        self,
+        pending: Pending,
+        part: _Part,
+        failures: dict[int, list[int]],
+        out: Rows,
+        places: Int64s,
+    ) -> None:
+        got = 0
+        for reply in pending.replies():
+            end = got + reply.rows
+            if (
+                reply.first_row != got
+                or end > part.rows
+                or len(reply.values) != reply.rows * self.row_format.value_bytes
+                or len(reply.scales) != reply.rows * self.row_format.scale_bytes
+            ):
+                self._refuse(f"rows {reply.first_row} to {reply.first_row + reply.rows}")
+            scatter_rows(reply, places[part.first_row + got : part.first_row + end], out)
+            merge_failures(failures, {each.layer: list(each.row_ids) for each in reply.failed})
+            got = end
+        if got != part.rows:
+            self._refuse(f"{got} rows")
+
+    def _refuse(self, came: str) -> NoReturn:
+        raise ServiceError(
+            f"the sidecar at {self._target} sent {came} where others were due; "
+            "use versions of engram that match"
+        )
+
+    def prefetch(self, ngrams: Ngrams) -> None:
+        try:
+            connection = self._link.connection()
+        except ServiceError:
+            return self._count(prefetches_dropped=1)
+        step = _step(connection.table.limits, self.spec.num_columns, 1 + 4 * self.spec.max_order)
+        for at in range(0, len(ngrams), step):
+            with self._lock:
+                # A sidecar that falls behind would only warm what was needed long ago.
+                full = self._prefetching >= PREFETCHES_IN_FLIGHT_MAX
+                self._prefetching += not full
+                self._counters["prefetches_dropped" if full else "prefetches"] += 1
+            if not full:
+                self._send_prefetch(connection, _slice(ngrams, at, at + step))
+        return None
+
+    def _send_prefetch(self, connection: _Connection, ngrams: Ngrams) -> None:
+        request = pb.PrefetchRequest(
+            table=self.name, fingerprint=self.fingerprint, ngrams=pack_ngrams(ngrams)
+        )
+        try:
+            call = connection.stub.Prefetch.future(request, timeout=self._timeout_s)
+        except ValueError:  # the channel was closed in between
+            return self._prefetched(None)
+        call.add_done_callback(self._prefetched)
+        return None
+
+    def _prefetched(self, call: Any) -> None:
+        failed = call is None or call.code() is not grpc.StatusCode.OK
+        with self._lock:
+            self._prefetching -= 1
+            self._counters["prefetches_dropped"] += failed
+
+    def _count(self, **increments: int) -> None:
+        with self._lock:
+            for counter, increment in increments.items():
+                self._counters[counter] += increment
+
+    def stats(self) -> dict[str, Any]:
+        connection = self._link.now
+        with self._lock:
+            return {
+                "tier": "remote",
+                "target": self._target,
+                "boot_id": connection.stream.boot_id or connection.table.boot_id,
+                "reconnects": self._link.reconnects,
+                **self._counters,
+            }
+
+    def check_integrity(self) -> None:
+        with self._lock:
+            assert 0 <= self._prefetching <= PREFETCHES_IN_FLIGHT_MAX
+            assert all(count >= 0 for count in self._counters.values())
+
+    def close(self) -> None:
+        self._finalizer()
+
+
+def _slice(ngrams: Ngrams, start: int, stop: int) -> Ngrams:
+    return Ngrams(ngrams.windows[start:stop], ngrams.orders[start:stop])
+
+
+def _step(limits: pb.Limits, rows_each: int, bytes_each: int) -> int:
+    """How many items one request may name, each of at most so many rows and bytes."""
+    rows = min(limits.max_rows, REQUEST_ROWS_MAX)
+    # What is not items: table name, fingerprint, selection.
+    room = limits.max_message_bytes - 65536
+    return max(1, min(rows // max(1, rows_each), room // bytes_each))
+
+
+def _spec_of(table: pb.GetTableResponse) -> NgramSpec:
+    token_map = np.frombuffer(table.token_map, "<i4").astype(np.int32) if table.token_map else None
+    spec = NgramSpec.from_json(table.spec, token_map)
+    if spec.digest != digest(table.spec.encode()):
+        raise SpecMismatchError(
+            f"the spec of {table.name} means something else here than at the sidecar; "
+            "use versions of engram that match",
+            "digest",
+        )
+    ours = [(layer.layer, layer.rows) for layer in spec.layers]
+    if ours != [(layer.layer, layer.rows) for layer in table.layers]:
+        raise SpecMismatchError(
+            f"the layers of {table.name} are not those of its spec; import the table again",
+            "layers",
+        )
+    return spec
+
+
+def _row_format_of(table: pb.GetTableResponse) -> RowFormat:
+    packed = table.row_format
+    scale = packed.global_scale if packed.HasField("global_scale") else None
+    return RowFormat(packed.name, packed.dim, scale)
+
+
+def connect(
+    target: str,
+    name: str | None = None,
+    *,
+    timeout_s: float = 30.0,
+    root_certificates: str | os.PathLike[str] | None = None,
+    client_certificate: str | os.PathLike[str] | None = None,
+    client_key: str | os.PathLike[str] | None = None,
+) -> Table:
+    """Open a table that a sidecar serves.
+
+    Args:
+        target: `unix:PATH`; or `HOST:PORT` or `dns:///HOST:PORT`, over TLS unless the host is
+            this one (`localhost`, 127.0.0.0/8, ::1).
+        name: of the table; may be left out where only one is served.
+        timeout_s: longest wait for the answer to one request.
+        root_certificates: PEM file of who signs the sidecar's certificate; the system's if None.
+        client_certificate, client_key: PEM files that the sidecar asks for.
+
+    Raises:
+        UnavailableError: nothing answers at `target`, or not engram.
+        UnknownTableError: no table of that name, or several and no name.
+        SpecMismatchError: its spec means something else to this version of engram.
+        ConfigError: a target or file that cannot be used.
+    """
+    return Table(
+        RemoteTier(
+            target,
+            name,
+            timeout_s=timeout_s,
+            tls=Tls(root_certificates, client_certificate, client_key),
+        )
+    )

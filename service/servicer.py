@@ -1,0 +1,220 @@
+"""`engram.v1.Engram`: what each call does."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from engram._wire import failed_rows, fault_of, merge_failures
+from engram.errors import (
+    EngramError,
+    OverloadError,
+    RowIntegrityError,
+    SpecMismatchError,
+    UnavailableError,
+    UnknownTableError,
+)
+from engram.proto.v1 import engram_pb2 as pb
+from engram.proto.v1.engram_pb2_grpc import EngramServicer
+from engram.rows import Rows
+from engram.service._requests import Piece, ngrams_of, read_of
+from engram.service._stream import Answer, LookupStream
+from engram.tiers import Int64s, Tier
+
+CHUNK_BYTES = 1 << 20
+"""Row bytes of one reply."""
+
+_log = logging.getLogger("engram.service")
+
+
+class Servicer(EngramServicer):
+    """Serves tiers by name.
+
+    Args:
+        tiers: by the name under which each is served.
+        rows_max: rows that one request may ask for.
+        message_bytes_max: size of a request.
+        streams_max: Lookup streams that may be open at once.
+    """
+
+    def __init__(
+        self, tiers: Mapping[str, Tier], rows_max: int, message_bytes_max: int, streams_max: int
+    ) -> None:
+        self.boot_id = secrets.token_hex(16)
+        self._tiers = dict(tiers)
+        self._rows_max = rows_max
+        self._streams_max = streams_max
+        self._limits = pb.Limits(max_rows=rows_max, max_message_bytes=message_bytes_max)
+        self._tables = {name: self._describe(name, tier) for name, tier in tiers.items()}
+        self._lock = threading.Lock()
+        self._streams: set[LookupStream] = set()
+        self._draining = False
+
+    def _describe(self, name: str, tier: Tier) -> pb.GetTableResponse:
+        spec, row_format = tier.spec, tier.row_format
+        token_map = b"" if spec.token_map is None else spec.token_map.astype("<i4").tobytes()
+        return pb.GetTableResponse(
+            name=name,
+            fingerprint=tier.fingerprint,
+            boot_id=self.boot_id,
+            spec=spec.to_json(),
+            token_map=token_map,
+            row_format=pb.RowFormat(**row_format.to_dict()),
+            layers=[pb.Layer(layer=layer.layer, rows=layer.rows) for layer in spec.layers],
+            limits=self._limits,
+        )
+
+    def drain(self) -> None:
+        """Refuse new work, and ask the clients to finish what is in flight."""
+        with self._lock:
+            self._draining = True
+            streams = list(self._streams)
+        for stream in streams:
+            stream.say(pb.LookupResponse(boot_id=self.boot_id, draining=True))
+
+    def ListTables(self, request: pb.ListTablesRequest, context: Any) -> pb.ListTablesResponse:  # noqa: N802
+        listed = [
+            pb.ListTablesResponse.Table(name=name, fingerprint=tier.fingerprint)
+            for name, tier in self._tiers.items()
+        ]
+        return pb.ListTablesResponse(tables=listed, boot_id=self.boot_id)
+
+    def GetTable(self, request: pb.GetTableRequest, context: Any) -> pb.GetTableResponse:  # noqa: N802
+        try:
+            self._tier(request.name)
+        except EngramError as error:
+            _abort(context, error)
+        return self._tables[request.name]
+
+    def Prefetch(self, request: pb.PrefetchRequest, context: Any) -> pb.PrefetchResponse:  # noqa: N802
+        try:
+            tier = self._tier(request.table, request.fingerprint)
+            tier.prefetch(ngrams_of(request.ngrams, tier))
+        except EngramError as error:
+            _abort(context, error)
+        return pb.PrefetchResponse(boot_id=self.boot_id)
+
+    def Lookup(  # noqa: N802
+        self, requests: Iterator[pb.LookupRequest], context: Any
+    ) -> Iterator[pb.LookupResponse]:
+        try:
+            stream = self._open_stream(requests)
+        except EngramError as error:
+            _abort(context, error)
+        try:
+            # Also wakes workers that wait for room in the queue of a client that is gone.
+            context.add_callback(stream.close)
+            yield from stream.replies()
+        finally:
+            with self._lock:
+                self._streams.discard(stream)
+
+    def _open_stream(self, requests: Iterator[pb.LookupRequest]) -> LookupStream:
+        with self._lock:
+            if self._draining:
+                raise UnavailableError("the sidecar is shutting down; connect again later")
+            if len(self._streams) >= self._streams_max:
+                raise OverloadError(
+                    f"{self._streams_max} clients are connected already; "
+                    "close one or raise limits.streams"
+                )
+            stream = LookupStream(requests, lambda: _Worker(self).answer)
+            self._streams.add(stream)
+        return stream
+
+    def _tier(self, name: str, fingerprint: str | None = None) -> Tier:
+        if self._draining and fingerprint is None:
+            raise UnavailableError("the sidecar is shutting down; connect again later")
+        tier = self._tiers.get(name)
+        if tier is None:
+            raise UnknownTableError(
+                f"no table {name[:80]!r} is served here; there are: {', '.join(self._tiers)}"
+            )
+        if fingerprint is not None and fingerprint != tier.fingerprint:
+            raise SpecMismatchError(
+                f"table {name} has fingerprint {tier.fingerprint}, the request is for "
+                f"{fingerprint[:80]}; connect again",
+                "fingerprint",
+            )
+        return tier
+
+
+class _Worker:
+    """Answers one request at a time, with buffers it keeps."""
+
+    def __init__(self, servicer: Servicer) -> None:
+        self._servicer = servicer
+        self._buffers: dict[str, tuple[Rows, Int64s]] = {}
+        self.answer: Answer = self._answer
+
+    def _answer(self, request: pb.LookupRequest) -> Iterator[pb.LookupResponse]:
+        try:
+            yield from self._rows(request)
+        except Exception as error:
+            yield self._failed(request, error)
+
+    def _rows(self, request: pb.LookupRequest) -> Iterator[pb.LookupResponse]:
+        servicer = self._servicer
+        tier = servicer._tier(request.table, request.fingerprint)
+        chunk_rows = max(1, CHUNK_BYTES // tier.row_format.row_bytes)
+        wanted = read_of(request, tier, servicer._rows_max, chunk_rows)
+        failures: dict[int, list[int]] = {}
+        sent = 0
+        for piece in wanted.pieces:
+            rows, places = self._room(request.table, tier, max(piece.rows, chunk_rows))
+            _read(piece, rows, places, failures)
+            for at in range(0, piece.rows, chunk_rows):
+                end = min(at + chunk_rows, piece.rows)
+                reply = pb.LookupResponse(
+                    request_id=request.request_id,
+                    boot_id=servicer.boot_id,
+                    first_row=sent + at,
+                    rows=end - at,
+                    values=rows.values[at:end].tobytes(),
+                    scales=b"" if rows.scales is None else rows.scales[at:end].tobytes(),
+                )
+                if sent + end == wanted.rows:
+                    reply.last = True
+                    reply.failed.extend(failed_rows(failures))
+                yield reply
+            sent += piece.rows
+        if not wanted.rows:
+            yield pb.LookupResponse(
+                request_id=request.request_id, boot_id=servicer.boot_id, last=True
+            )
+
+    def _room(self, table: str, tier: Tier, rows: int) -> tuple[Rows, Int64s]:
+        held = self._buffers.get(table)
+        if held is None or len(held[1]) < rows:
+            held = (Rows.empty((rows,), tier.row_format), np.arange(rows, dtype=np.int64))
+            self._buffers[table] = held
+        return held
+
+    def _failed(self, request: pb.LookupRequest, error: Exception) -> pb.LookupResponse:
+        message = str(error)
+        if not isinstance(error, EngramError):
+            _log.error("a lookup of table %s failed", request.table, exc_info=error)
+            message = "the sidecar failed on this request; its log says more"
+        return pb.LookupResponse(
+            request_id=request.request_id,
+            boot_id=self._servicer.boot_id,
+            last=True,
+            error=pb.Error(code=fault_of(error).code, message=message),
+        )
+
+
+def _read(piece: Piece, out: Rows, places: Int64s, failures: dict[int, list[int]]) -> None:
+    try:
+        piece.read(out, places[: piece.rows])
+    except RowIntegrityError as error:
+        merge_failures(failures, error.failures)
+
+
+def _abort(context: Any, error: EngramError) -> NoReturn:
+    context.abort(fault_of(error).status, str(error))
+    raise AssertionError("abort raises")

@@ -1,0 +1,136 @@
+"""Addresses to listen on, and who owns a Unix socket's path.
+
+gRPC binds a Unix path whoever holds it: a second server would take it over without a word. So
+whoever serves a path holds a lock on `PATH.lock` first, as long as it lives. The lock file stays
+when the server ends: removing it would let two servers lock two files of one name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from engram._channel import SOCKET_PATH_BYTES_MAX, is_loopback, split_port
+from engram.errors import ConfigError
+
+SOCKET_MODE = 0o660
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen: a Unix socket's absolute path, or a TCP host and port.
+
+    Port 0 is any free one.
+    """
+
+    path: Path | None = None
+    host: str = ""
+    port: int = 0
+
+    @property
+    def leaves_host(self) -> bool:
+        """Whether other machines can reach it."""
+        return self.path is None and not is_loopback(self.host)
+
+    def __str__(self) -> str:
+        return f"tcp:{self.host}:{self.port}" if self.path is None else f"unix:{self.path}"
+
+
+def parse_address(text: str | Address) -> Address:
+    """Parse `unix:PATH` or `tcp:HOST:PORT`.
+
+    Raises:
+        ConfigError: of another form, or a path too long for a socket.
+    """
+    if isinstance(text, Address):
+        return text
+    kind, _, rest = str(text).partition(":")
+    if kind == "tcp":
+        return Address(None, *split_port(rest))
+    if kind != "unix" or not rest:
+        raise ConfigError(f"{text!r} is no address to listen on; use unix:PATH or tcp:HOST:PORT")
+    path = Path(os.path.abspath(rest))
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise ConfigError(
+            f"{path} has {len(os.fsencode(path))} bytes, but a socket's path at most "
+            f"{SOCKET_PATH_BYTES_MAX}; use a shorter one"
+        )
+    return Address(path)
+
+
+class SocketClaim:
+    """The right to serve a path, from construction to `release`.
+
+    Raises:
+        ConfigError: another server has it, something else is there, or the directory is missing
+            or not writable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path.parent} does not exist; create it, or listen elsewhere")
+        self._lock = _lock(path)
+        try:
+            _require_free(path)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def release(self) -> None:
+        """Remove the socket and let others have the path."""
+        self.path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+@contextmanager
+def socket_mode() -> Iterator[None]:
+    """Within it, files that come into being have `SOCKET_MODE`."""
+    before = os.umask(0o777 & ~SOCKET_MODE)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _lock(path: Path) -> int:
+    lock_path = path.with_name(path.name + ".lock")
+    try:
+        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"{lock_path} cannot be opened ({error.strerror}); check the directory's permissions"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise ConfigError(
+            f"another server has {path}; stop it, or listen on another path"
+        ) from None
+    return lock
+
+
+def _require_free(path: Path) -> None:
+    """Refuse a path that holds anything but the socket of a server that is dead."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} exists and is not a socket; remove it, or listen elsewhere")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except OSError as error:
+            raise ConfigError(f"{path} is in use or not ours ({error.strerror})") from None
+    raise ConfigError(f"something else is serving {path}; stop it, or listen on another path")
