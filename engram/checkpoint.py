@@ -15,6 +15,7 @@ from engram._checkpoint_tensors import Finder, Shard
 from engram.errors import CheckpointError
 from engram.rows import Bytes, RowFormat
 from engram.spec.families import family
+from engram.ssd import schema_of
 from engram.store.manifest import Schema
 from engram.store.safetensors import Tensor, find_tensors, read_tensor
 
@@ -54,13 +55,7 @@ def open_checkpoint(
     found = _common_format(directory, formats)
     if row_format not in (None, found):
         raise CheckpointError(f"{directory} holds {found}, not {row_format}")
-    schema = Schema(
-        spec=spec.to_json(),
-        row_format=found,
-        layers=tuple((each.layer, each.rows) for each in spec.layers),
-        token_map=spec.token_map,
-    )
-    return schema, CheckpointSource(directory, found, shards)
+    return schema_of(spec, found), CheckpointSource(directory, found, shards)
 
 
 def _common_format(directory: Path, formats: dict[int, RowFormat]) -> RowFormat:
