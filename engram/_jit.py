@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,34 @@ def kernel(function: Callable[..., Any]) -> Any:
     Loops in kernels check no bounds and division follows NumPy (no exception), so that a kernel
     can neither raise nor need the interpreter.
     """
+    with _cache() as cached:
+        return numba.njit(nogil=True, error_model="numpy", cache=cached)(function)
+
+
+def callback(signature: str) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function for C code to call, at once; rules as for `kernel`."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        with _cache() as cached:
+            return numba.cfunc(signature, nogil=True, error_model="numpy", cache=cached)(function)
+
+    return decorate
+
+
+@contextmanager
+def _cache() -> Iterator[bool]:
+    """While decorating: numba's cache in our place, and whether there is one.
+
+    The setting is put back at once, because other users of numba in this process have caches of
+    their own.
+    """
     if _CACHE_DIR is None:
-        return numba.njit(nogil=True, error_model="numpy")(function)
-    # numba picks the cache's place while decorating; the setting is put back at once, because
-    # other users of numba in this process have caches of their own.
+        yield False
+        return
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = _CACHE_DIR
     try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+        yield True
     finally:
         numba.config.CACHE_DIR = before
 

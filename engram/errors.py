@@ -89,15 +89,17 @@ class RowIntegrityError(EngramError):
         self.layer, self.row_ids = next(iter(self.failures.items()))
 
     @classmethod
-    def of(cls, failures: dict[int, Sequence[int]], table: str) -> RowIntegrityError:
-        """Build the message from the rows that failed in `table`."""
+    def of(
+        cls, failures: dict[int, Sequence[int]], table: str, cause: str = ""
+    ) -> RowIntegrityError:
+        """Build the message from the rows that failed in `table`, and why if that is known."""
         named = "; ".join(
             f"layer {layer} rows {', '.join(str(int(row)) for row in rows[:8])}"
             + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             for layer, rows in failures.items()
         )
         return cls(
-            f"{table}: rows could not be read intact ({named}); "
+            f"{table}: rows could not be read intact ({named}{': ' if cause else ''}{cause}); "
             f"run 'engram verify {table}' and import the table again if it lists damage",
             {layer: rows[:64] for layer, rows in failures.items()},
         )

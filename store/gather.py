@@ -43,13 +43,17 @@ CALM_ROWS = 64
 """Rows in sequence that must be found in the page cache before the map is used again."""
 GROUP = 8
 """Rows whose memory is asked for together, and timed together."""
-SLOW_GROUP_NS = 30_000
+SLOW_GROUP_NS = 50_000
 """A group that takes longer has waited for the device; page faults alone stay below."""
+
+GUARD_LOST = -(1 << 62)
+"""Result of `gather` if the SIGBUS guard was replaced: nothing was done."""
 
 _ABSENT = 5
 _EINTR = 4
 _RWF_NOWAIT = 8
 _WILLNEED = 3
+_SIGBUS = 7
 _CLOCK_MONOTONIC = 1
 
 # The kernel's own memory, on its stack: a row, its check, two words for the system, the group's
@@ -65,6 +69,7 @@ _pread: Any = types.ExternalFunction("pread", _i64(_i32, _i64, _i64, _i64))
 _preadv2: Any = types.ExternalFunction("preadv2", _i64(_i32, _i64, _i32, _i64, _i32))
 _fadvise: Any = types.ExternalFunction("posix_fadvise", _i32(_i32, _i64, _i64, _i32))
 _errno_location: Any = types.ExternalFunction("__errno_location", _i64())
+_sigaction: Any = types.ExternalFunction("sigaction", _i32(_i32, _i64, _i64))
 _clock_gettime: Any = types.ExternalFunction("clock_gettime", _i32(_i32, _i64))
 
 
@@ -277,13 +282,33 @@ def _copy(table, source, request, i):  # type: ignore[no-untyped-def]  # noqa: A
 
 
 @kernel
-def gather(geometry, descriptor, base, calm, layers, row_ids, places, values, scales, fates):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def _guarded(source, handler):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Whether the handler at this address gets SIGBUS now."""
+    _sigaction(np.int32(_SIGBUS), 0, source.scratch)
+    return load_int64(source.scratch, 0) == handler
+
+
+@kernel
+def gather(
+    geometry: Any,
+    descriptor: Any,
+    base: Any,
+    handler: Any,
+    calm: Any,
+    layers: Any,
+    row_ids: Any,
+    places: Any,
+    values: Any,
+    scales: Any,
+    fates: Any,
+) -> Any:
     """Gather rows; dtypes and widths are valid (see `StoreReader.gather`).
 
     Args:
         geometry: `Geometry.packed`.
         descriptor: of the data file.
         base: address of its map, or 0 to read without it.
+        handler: address of the SIGBUS guard, which must be installed if `base` is given.
         calm: as returned by the call before, 0 at first.
         layers, row_ids, places: int32, int64, int64 `[R]`.
         values, scales: uint8 `[R', bytes]`, where rows go.
@@ -291,7 +316,8 @@ def gather(geometry, descriptor, base, calm, layers, row_ids, places, values, sc
 
     Returns:
         The length, up to `CALM_ROWS`, of the last sequence of rows found in the page cache; or
-        -1 - i, with nothing written, if request i names something that does not exist.
+        -1 - i, with nothing written, if request i names something that does not exist; or
+        `GUARD_LOST`.
     """
     table = unpack(geometry)
     source = _Source(np.int64(descriptor), np.int64(base), _stack_scratch())
@@ -307,6 +333,8 @@ def gather(geometry, descriptor, base, calm, layers, row_ids, places, values, sc
     outside = _find_outside(table, request, len(values))
     if outside >= 0:
         return -1 - outside
+    if base and not _guarded(source, handler):
+        return GUARD_LOST
     i = 0
     while i < request.rows:
         if base == 0:

@@ -6,6 +6,7 @@ import mmap
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,34 +14,46 @@ import numpy.typing as npt
 from engram.errors import RowIntegrityError, SelectionError, StoreError
 from engram.rows import Rows
 from engram.store import datafile, gather
-from engram.store.geometry import OK, Geometry
+from engram.store import guard as sigbus
+from engram.store.geometry import BAD_CHECK, IO_ERROR, OK, REFUSED, SHORT_READ, Geometry
+from engram.store.layout import PAGE_BYTES
 from engram.store.manifest import read_manifest
 
 _NO_SCALES = np.empty((0, 0), np.uint8)
+_CAUSES = {
+    BAD_CHECK: "damaged bytes",
+    SHORT_READ: "the file is too short",
+    IO_ERROR: "I/O error",
+    REFUSED: "their extent had a hole; reopen the table once it is repaired",
+}
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 
 
 class _OpenFile:
-    """Descriptor and, if wanted, map of a data file; freed with the last reference.
+    """Descriptor and, if guarded, map of a data file; freed with the last reference.
 
     A gather holds a reference while it runs, so closing a reader never pulls the file from under
     another thread.
     """
 
-    def __init__(self, descriptor: int, file_bytes: int, mapped: bool) -> None:
+    def __init__(self, descriptor: int, file_bytes: int, guarded: bool) -> None:
         self.descriptor = descriptor
         self.base = 0
+        self.map: sigbus.GuardedMap | None = None
         view = None
-        if mapped:
+        if guarded:
             view = mmap.mmap(descriptor, file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
             view.madvise(mmap.MADV_RANDOM)
-            self.base = np.frombuffer(view, np.uint8).ctypes.data
-        finalizer = weakref.finalize(self, _free, descriptor, view)
+            self.base = int(np.frombuffer(view, np.uint8).ctypes.data)
+            self.map = sigbus.register(self.base, file_bytes)
+        finalizer = weakref.finalize(self, _free, descriptor, view, self.map)
+        # At exit other threads may still read; the system frees all then.
         finalizer.atexit = False
 
 
-def _free(descriptor: int, view: mmap.mmap | None) -> None:
-    if view is not None:
+def _free(descriptor: int, view: mmap.mmap | None, guarded: sigbus.GuardedMap | None) -> None:
+    if view is not None and guarded is not None:
+        sigbus.unregister(guarded)
         view.close()
     os.close(descriptor)
 
@@ -75,6 +88,7 @@ class StoreReader:
             if datafile.identity(descriptor) != before:
                 raise StoreError("the data file changed while it was being opened; try again")
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            self._handler = sigbus.ensure() if guard else 0
             self._file: _OpenFile | None = _OpenFile(descriptor, physical.file_bytes, guard)
         except BaseException as error:
             os.close(descriptor)
@@ -84,6 +98,7 @@ class StoreReader:
         self.layers = tuple(layer for layer, _ in self.manifest.layers)
         self._geometry = Geometry.of(self.manifest, physical)
         self._calm = 0
+        self._holes = 0
 
     def gather(
         self,
@@ -109,11 +124,7 @@ class StoreReader:
         self._check_arrays(layers, row_ids, places)
         out.check(out.values.shape[:1], self.manifest.row_format)
         fates = np.empty(len(row_ids), np.uint8)
-        result = gather.gather(
-            self._geometry.packed,
-            file.descriptor,
-            file.base,
-            self._calm,
+        request = (
             layers,
             row_ids,
             places,
@@ -121,11 +132,40 @@ class StoreReader:
             _NO_SCALES if out.scales is None else out.scales,
             fates,
         )
+        result = self._run(file, file.base, request)
+        if result == gather.GUARD_LOST:
+            self._handler = sigbus.ensure()
+            result = self._run(file, file.base, request)
+        if result == gather.GUARD_LOST:
+            # Somebody takes SIGBUS again and again: plain reads need no guard.
+            result = self._run(file, 0, request)
         if result < 0:
             raise self._outside(-1 - result, layers, row_ids)
         self._calm = result
+        if file.map is not None and file.map.holes != self._holes:
+            self._refuse_holes(file.map)
         if fates.any():
             raise self._failure(fates, layers, row_ids)
+
+    def _run(self, file: _OpenFile, base: int, request: tuple[Any, ...]) -> int:
+        return int(
+            gather.gather(
+                self._geometry.packed,
+                file.descriptor,
+                base,
+                self._handler,
+                self._calm,
+                *request,
+            )
+        )
+
+    def _refuse_holes(self, guarded: sigbus.GuardedMap) -> None:
+        """Refuse all rows of extents that have holes: zeros lie over these until reopened."""
+        self._holes = guarded.holes
+        pages = guarded.hole_offsets() // PAGE_BYTES
+        order = np.argsort(self._geometry.pages)
+        place = np.searchsorted(self._geometry.pages[order], pages, side="right") - 1
+        self._geometry.refused[order[place[place >= 0]]] = 1
 
     def touch(self, layers: npt.NDArray[np.int32], row_ids: npt.NDArray[np.int64]) -> None:
         """Start bringing rows into the page cache, arguments as in `gather`.
@@ -191,4 +231,5 @@ class StoreReader:
             self.layers[layer]: row_ids[(fates != OK) & (layers == layer)].tolist()
             for layer in np.unique(layers[fates != OK])
         }
-        return RowIntegrityError.of(failures, str(self.path))
+        causes = [cause for fate, cause in _CAUSES.items() if (fates == fate).any()]
+        return RowIntegrityError.of(failures, str(self.path), ", ".join(causes))
