@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
-import click
 import typer
 
 from engram import __version__
@@ -49,19 +49,11 @@ for _command in _COMMANDS:
 def main() -> None:
     """Run the command line: exit 0 when fine, 1 when the work failed, 2 when misused."""
     try:
-        status = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        typer.echo("engram: interrupted", err=True)
-        sys.exit(130)
-    except ConfigError as error:
-        typer.echo(f"engram: {error}", err=True)
-        sys.exit(2)
+        app()
     except EngramError as error:
         typer.echo(f"engram: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except BrokenPipeError:
+        # Whoever read our output left; Python's own flush at exit would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    sys.exit(status if isinstance(status, int) else 0)

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=False)
 
 
 @contextmanager

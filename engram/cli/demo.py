@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
 
 def _demo(place: Path, vocab_size: int, tokens: int, steps: int) -> bool:
     from engram.cli._output import console
-    from engram.demo.model import compare, tiny_model
+    from engram.demo.model import compare, quiet_transformers, tiny_model
     from engram.demo.sidecar import sidecar
     from engram.remote import connect
 
@@ -58,6 +58,7 @@ def _demo(place: Path, vocab_size: int, tokens: int, steps: int) -> bool:
     console.print("[bold]1[/bold] a synthetic table of DeepSeek-V4.1 geometry")
     table = _synthetic_table(place / "v41", vocab_size)
     console.print("[bold]2[/bold] a tiny Qwen4Exp model saved with save_pretrained, then imported")
+    quiet_transformers()
     model = tiny_model()
     model.save_pretrained(place / "qwen-checkpoint")
     _import(place / "qwen-checkpoint", place / "qwen")
@@ -150,22 +151,22 @@ def _report(
         f"{table['rows']:,} rows, {table['bytes'] / 2**20:,.0f} MiB, "
         f"written and verified in {table['seconds']:.1f} s",
     )
-    for shape, what in (("prefill", "chunks of up to 2,048"), ("decode", "steps of 64")):
+    for shape, what in (("prefill", "up to 2,048"), ("decode", "64")):
         times = np.array([t for client in clients for t in client["shapes"].get(shape, [])]) * 1e3
         if len(times):
             grid.add_row(
-                f"{shape}, {what} tokens",
-                f"{len(times):,} lookups, median {np.median(times):.1f} ms "
-                f"({times.min():.1f} to {times.max():.1f})",
+                shape,
+                f"{len(times):,} lookups of {what} tokens, "
+                f"median {np.median(times):.1f} ms ({times.min():.1f} to {times.max():.1f})",
             )
     grid.add_row(
         "bytes",
-        f"{checked:,} rows over the sidecar by {len(clients)} processes: "
+        f"{checked:,} rows through the sidecar to {len(clients)} processes: "
         + ("every byte right" if not wrong else f"[red]{wrong:,} rows WRONG[/red]"),
     )
     grid.add_row(
         "model",
-        f"Qwen4Exp, {model.resident_bytes / 2**20:,.0f} MiB of tables offloaded: "
+        f"Qwen4Exp, {model.resident_bytes / 2**20:,.0f} MiB of n-gram tables moved to disk: "
         f"{model.logits:,} logits {_verdict(model.logits_equal)}, "
         f"{model.tokens} greedy tokens {_verdict(model.tokens_equal)}",
     )

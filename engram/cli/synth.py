@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,53 +12,46 @@ if TYPE_CHECKING:
     from engram.spec import NgramSpec
 
 
-class Family(StrEnum):
-    """Families by their spelling on the command line."""
-
-    DEEPSEEK_V41 = "deepseek-v41"
-    DEEPSEEK_DEMO = "deepseek-demo"
-    QWEN4_EXP = "qwen4-exp"
-
-
-_ROW_FORMAT = {
-    Family.DEEPSEEK_V41: "fp8-ue8m0",
-    Family.DEEPSEEK_DEMO: "bf16",
-    Family.QWEN4_EXP: "bf16",
-}
+def _family_names() -> list[str]:
+    """Spellings of all families, without importing what they compute with."""
+    folder = Path(__file__).resolve().parent.parent / "spec" / "families"
+    names = (path.stem for path in folder.glob("*.py"))
+    return sorted(name.replace("_", "-") for name in names if not name.startswith("_"))
 
 
-def spec_of(family: Family, vocab_size: int | None, tokenizer: Path | None) -> NgramSpec:
-    """The published geometry of `family`, with another n-gram vocabulary size.
+def spec_of(name: str, vocab_size: int | None, tokenizer: Path | None) -> NgramSpec:
+    """The published geometry of a family, with another n-gram vocabulary size.
 
     Raises:
-        ConfigError: a tokenizer is missing, or one was given where none is used.
+        ConfigError: no such family, or a tokenizer is missing, superfluous or not there.
     """
     from engram.errors import ConfigError
-    from engram.spec import NgramSpec
+    from engram.spec.families import families
 
-    if (tokenizer is None) != (family is Family.QWEN4_EXP):
-        raise ConfigError(
-            f"{family} hashes raw token ids: leave --tokenizer out"
-            if tokenizer is not None
-            else f"{family} needs the model's tokenizer: add --tokenizer path/to/tokenizer.json"
-        )
-    sizes: dict[str, Any] = {}
+    family = families().get(name.replace("-", "_"))
+    if family is None:
+        raise ConfigError(f"no family {name!r}; choose one of {', '.join(_family_names())}")
+    parameters: dict[str, Any] = {}
     if vocab_size is not None:
-        name = "ngram_vocab_size_base" if family is Family.QWEN4_EXP else "engram_vocab_size"
-        sizes[name] = vocab_size
-    if family is Family.QWEN4_EXP:
-        return NgramSpec.qwen4_exp(**sizes)
-    if family is Family.DEEPSEEK_DEMO:
-        return NgramSpec.deepseek_demo(tokenizer=tokenizer, **sizes)
-    return NgramSpec.deepseek_v41(tokenizer=tokenizer, **sizes)
+        parameters[family.size_parameter] = vocab_size
+    if family.needs_tokenizer:
+        if tokenizer is None:
+            raise ConfigError(
+                f"{name} needs the model's tokenizer: add --tokenizer path/to/tokenizer.json"
+            )
+        parameters["tokenizer"] = tokenizer
+    elif tokenizer is not None:
+        raise ConfigError(f"{name} hashes raw token ids: leave --tokenizer out")
+    return family.build(**parameters)
 
 
-def row_format_of(family: Family, name: str | None, dim: int) -> RowFormat:
+def row_format_of(spec: NgramSpec, name: str | None) -> RowFormat:
     """The row format asked for, or the family's own; a global scale of 1 where one is needed."""
     from engram.rows import RowFormat
+    from engram.spec.families import family
 
-    name = name or _ROW_FORMAT[family]
-    return RowFormat(name, dim, 1.0 if name in ("fp8", "nvfp4") else None)
+    name = name or family(spec.family).row_format
+    return RowFormat(name, spec.dim, 1.0 if name in ("fp8", "nvfp4") else None)
 
 
 def register(app: typer.Typer) -> None:
@@ -68,16 +60,20 @@ def register(app: typer.Typer) -> None:
         destination: Path = typer.Argument(
             help="Directory to create for the table.", metavar="DEST"
         ),
-        family: Family = typer.Option(help="Whose geometry and hashing to use."),
+        family: str = typer.Option(
+            help=f"Whose geometry and hashing to use: {', '.join(_family_names())}.",
+            metavar="FAMILY",
+        ),
         vocab_size: int | None = typer.Option(
             None, min=2, help="Rows per head, about; the published size when left out."
         ),
         tokenizer: Path | None = typer.Option(
-            None, help="The model's tokenizer.json (DeepSeek families)."
+            None, help="The model's tokenizer.json (DeepSeek families).", metavar="FILE"
         ),
         row_format: str | None = typer.Option(
             None,
             help="bf16, fp16, fp32, fp8-ue8m0, fp8, nvfp4 or nf4; the family's own if left out.",
+            metavar="FORMAT",
         ),
         seed: int = typer.Option(0, min=0, help="Seed of the row bytes."),
         as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
@@ -95,7 +91,7 @@ def register(app: typer.Typer) -> None:
         from engram.store.writer import build_table
 
         spec = spec_of(family, vocab_size, tokenizer)
-        schema = schema_of(spec, row_format_of(family, row_format, spec.dim))
+        schema = schema_of(spec, row_format_of(spec, row_format))
         with progress_bar(f"writing {destination.name}") as progress:
             build_table(destination, schema, SyntheticSource(schema, seed), progress=progress)
         print_facts(facts_of(destination), as_json)

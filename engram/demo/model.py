@@ -28,6 +28,14 @@ class Comparison:
     resident_bytes: int
 
 
+def quiet_transformers() -> None:
+    """No progress bars and no advice on faster kernels: the model has a few MB."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def tiny_model(seed: int = 0) -> Any:
     """A `Qwen4ExpForCausalLM` of random weights with two PLE layers, in bfloat16.
 
