@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import Qwen4ExpTextConfig
+from transformers import Qwen4ExpConfig, Qwen4ExpTextConfig
 from transformers.models.qwen4_exp import modeling_qwen4_exp as qwen4_exp
 
 from engram.rows import RowFormat, Rows
+
+# Products this small gain nothing from a second thread and wait for it on a busy machine.
+torch.set_num_threads(1)
 
 VOCAB = 512
 EOS = 7
@@ -52,11 +55,31 @@ def text_config(**changes) -> Qwen4ExpTextConfig:
     return Qwen4ExpTextConfig(**(fields | changes))
 
 
-def causal_lm(dtype=torch.float32, seed=0, **changes):
+def causal_lm(dtype=torch.float32, weights=0, **changes):
     """A model with every weight random: those that start as zeros would hide wrong rows."""
-    torch.manual_seed(seed)
     model = qwen4_exp.Qwen4ExpForCausalLM(text_config(**changes))
-    return randomized(model, seed).to(dtype)
+    return randomized(model, weights).to(dtype)
+
+
+def conditional_lm():
+    """The same text model inside a model that also sees images."""
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+    }
+    config = Qwen4ExpConfig(
+        text_config=text_config().to_dict(),
+        vision_config=vision,
+        image_token_id=500,
+        video_token_id=501,
+        vision_start_token_id=502,
+        vision_end_token_id=503,
+    )
+    return randomized(qwen4_exp.Qwen4ExpForConditionalGeneration(config))
 
 
 def randomized(model, seed=0):

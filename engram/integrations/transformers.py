@@ -20,6 +20,9 @@ Model = TypeVar("Model")
 
 __all__ = ["load_offloaded", "offload"]
 
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Arguments of `from_pretrained` that say where a checkpoint is."""
+
 
 def offload(model: Model, table: Table, *, check_rows: bool = True) -> Model:
     """Let a model take its n-gram embeddings from `table`, and free its own tables.
@@ -93,17 +96,16 @@ def load_offloaded(
         checkpoint: directory or name, as for `from_pretrained`.
         table: as for `offload`.
         model_class: what to load; by default what the checkpoint's config names.
-        from_pretrained: passed on, for example `dtype` or `device_map`.
+        from_pretrained: passed on, for example `dtype`, `device_map` or `revision`.
 
     Returns:
-        The offloaded model.
+        What `from_pretrained` returns: the model, offloaded.
 
     Raises:
         ModelError: the config names no Qwen4-Exp model.
         SpecMismatchError: the table was made for another model, with the field named.
     """
-    config = from_pretrained.pop("config", None) or AutoConfig.from_pretrained(checkpoint)
-    chosen = _class_of(config) if model_class is None else model_class
+    chosen = model_class or _class_of(checkpoint, from_pretrained)
 
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         chosen.__init__(self, *args, **kwargs)
@@ -114,12 +116,17 @@ def load_offloaded(
     # from_pretrained builds the class it is called on, on the meta device, and then loads what its
     # parameters ask for. So a class that is offloaded as it is built never asks for its tables.
     tableless: Any = type(chosen.__name__, (chosen,), members | {"__module__": chosen.__module__})
-    model = tableless.from_pretrained(checkpoint, config=config, **from_pretrained)
+    loaded = tableless.from_pretrained(checkpoint, **from_pretrained)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.__class__ = chosen
-    return model
+    return loaded
 
 
-def _class_of(config: Any) -> type[PreTrainedModel]:
+def _class_of(checkpoint: Any, from_pretrained: dict[str, Any]) -> type[PreTrainedModel]:
+    config = from_pretrained.get("config")
+    if config is None:
+        where = {name: from_pretrained[name] for name in _WHERE if name in from_pretrained}
+        config = AutoConfig.from_pretrained(checkpoint, **where)
     for name in config.architectures or ():
         found = getattr(qwen4_exp, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
