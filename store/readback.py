@@ -6,8 +6,10 @@ request, one answer. It ends with its standard input, so it never outlives the i
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,22 +29,14 @@ from engram.store.tree import placed_values, read_meta
 
 PIECE_BLOCKS = 256
 """Blocks that are read and verified at once: 1 MiB, which stays in the processor's cache."""
+_IDLE_SECONDS = 20
 
 
 class Readback:
     """The import's side: hands over what to read back and waits for the verdict."""
 
     def __init__(self, directory: Path, layout: BlockLayout, table_seed: int) -> None:
-        import engram
-
-        paths = [str(Path(engram.__file__).parents[1]), *filter(None, sys.path)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "engram.store.readback"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )
+        self._process = _idle_process() or _start_process()
         self._first = {
             "directory": str(directory),
             "row_bytes": layout.row_bytes,
@@ -59,9 +53,10 @@ class Readback:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self._process.kill()
-        self._process.communicate()
+        if kind is None and not _idle:
+            _idle.append((os.getpid(), self._process))
+        else:
+            _end(self._process)
 
     def extent(self, page: int, layer: int, first_row: int, rows: int) -> str:
         """Read one extent back and return the digest of its rows.
@@ -80,27 +75,76 @@ class Readback:
         self._ask({"finish": True})
 
     def _ask(self, question: dict[str, Any]) -> Any:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
+        question, self._first = {**self._first, **question}, {}
+        return _exchange(self._process, question)
+
+
+def _exchange(process: subprocess.Popen[str], question: dict[str, Any]) -> Any:
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
+    try:
+        stdin.write(json.dumps(question) + "\n")
+        stdin.flush()
+        answer = stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    if not answer:
+        raise CorruptTableError(
+            "the process that reads the table back has died; free some memory and import again"
+        )
+    reply = json.loads(answer)
+    if "error" in reply:
+        raise CorruptTableError(
+            f"the table could not be read back as it was written ({reply['error']}); "
+            "check the device and the memory, then import again"
+        )
+    return reply["done"]
+
+
+_idle: list[tuple[int, subprocess.Popen[str]]] = []
+"""At most one process that waits for the next import, with the id of the process it belongs to.
+It ends by itself after `_IDLE_SECONDS`. Starting one costs about as much as a small import."""
+
+
+def _start_process() -> subprocess.Popen[str]:
+    import engram
+
+    paths = [str(Path(engram.__file__).parents[1]), *filter(None, sys.path)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "engram.store.readback"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+def _idle_process() -> subprocess.Popen[str] | None:
+    """The waiting process, if it still answers and was not inherited by a fork."""
+    while _idle:
+        owner, process = _idle.pop()
+        if owner != os.getpid():
+            continue
         try:
-            stdin.write(json.dumps({**self._first, **question}) + "\n")
-            stdin.flush()
-            answer = stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        self._first = {}
-        if not answer:
-            raise CorruptTableError(
-                "the process that reads the table back has died; free some memory and import again"
-            )
-        reply = json.loads(answer)
-        if "error" in reply:
-            raise CorruptTableError(
-                f"the table could not be read back as it was written ({reply['error']}); "
-                "check the device and the memory, then import again"
-            )
-        return reply["done"]
+            if _exchange(process, {}) == "ready":
+                return process
+        except CorruptTableError:
+            _end(process)
+    return None
+
+
+@atexit.register
+def _end_idle() -> None:
+    while _idle:
+        owner, process = _idle.pop()
+        if owner == os.getpid():
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
 class _Reader:
@@ -118,6 +162,7 @@ class _Reader:
         layout = self._layout
         state = xxhash.xxh3_128((rows * layout.row_bytes).to_bytes(8, "little"))
         start, left = page * PAGE_BYTES + PAGE_HEADER_BYTES, layout.value_bytes(rows)
+        os.posix_fadvise(self._descriptor, start, left, os.POSIX_FADV_WILLNEED)
         for first in range(0, rows, len(self._rows)):
             here = self._rows[: min(len(self._rows), rows - first)]
             span = self._span[: min(self._span.size, left)]
@@ -138,6 +183,9 @@ class _Reader:
                 raise CorruptTableError(f"the data file ends at byte {position}")
             view = view[count:]
             position += count
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
     def finish(self) -> None:
         manifest, physical = read_manifest(self._directory)
@@ -160,24 +208,37 @@ def _key_fields(key: bytes) -> tuple[int, int]:
     return int.from_bytes(key[:4], "big"), int.from_bytes(key[4:], "big")
 
 
+def _answer(reader: _Reader | None, request: dict[str, Any]) -> str:
+    if reader is None:
+        return "ready"
+    if "extent" in request:
+        return reader.extent(*request["extent"])
+    reader.finish()
+    return "finished"
+
+
 def main() -> None:
-    """Answer requests until standard input ends."""
+    """Answer requests until standard input ends, or none comes for a while between imports."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     reader: _Reader | None = None
     for line in sys.stdin:
+        signal.alarm(0)
         request = json.loads(line)
         try:
-            if reader is None:
+            if "directory" in request:
                 names = ("directory", "row_bytes", "extent_blocks", "table_seed")
                 reader = _Reader(*(request[name] for name in names))
-            if "extent" in request:
-                reply = {"done": reader.extent(*request["extent"])}
-            else:
-                reader.finish()
-                reply = {"done": ""}
+            reply = {"done": _answer(reader, request)}
         except (EngramError, OSError) as error:
             reply = {"error": str(error)}
+        if "finish" in request and reader is not None:
+            reader.close()
+            reader = None
+            signal.alarm(_IDLE_SECONDS)
         print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":
     main()
+    # Nothing is left to be torn down, and numba takes half a second to do it.
+    os._exit(0)

@@ -1,82 +1,59 @@
 """Making a table: rows in, one new directory out, or nothing at all.
 
 Three hands work at once, each on an extent of its own: one thread reads and packs the next one,
-the calling thread gives the current one to LMDB, and one thread sees the last ones to the device
-while another process reads them back. Memory is that of a few extents, whatever the table.
+the calling thread gives the current one to LMDB, and one thread sees the last ones to the device,
+where another process reads them back. Memory is that of a few extents, whatever the table.
 
 **Why it is safe.** LMDB runs without syncs, so until the last sync a power cut may leave anything
 in the private directory; nobody reads it before. After a failed commit or sync LMDB lets the next
 one succeed, so any error throws the whole import away. After a kill the page cache still holds
-every write, so extents that LMDB's tree names are there; the journal says up to where they were
-synced and read back, and all later ones are read back again.
+every write, so the extents that LMDB's tree names are there. The journal says how many of them
+were synced and read back; those since the last note but one are read back once more.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lmdb
 import numpy as np
 import xxhash
 
-from engram.errors import CorruptTableError, DestinationError, SpecError
+from engram.errors import CorruptTableError, DestinationError
 from engram.rows import Bytes
 from engram.store import destination as place
 from engram.store.datafile import spans, tree_digest
+from engram.store.follower import Follower, Written
 from engram.store.journal import JOURNAL_FILE, Journal, boot_id
-from engram.store.layout import EXTENT_BLOCKS, PAGE_BYTES, BlockLayout
+from engram.store.layout import EXTENT_BLOCKS, PAGE_BYTES
 from engram.store.manifest import (
     DATA_FILE,
     MANIFEST_FILE,
     MANIFEST_KEY,
     TOKEN_MAP_KEY,
-    Extent,
     Manifest,
     Physical,
     Schema,
-    extent_key,
     write_manifest,
 )
 from engram.store.pack import pack_rows
+from engram.store.plan import Part, Plan
 from engram.store.readback import PIECE_BLOCKS, Readback
-from engram.store.source import RowSource, table_seed_of
+from engram.store.source import RowSource
 from engram.store.tree import PlacedValue, last_value, placed_values, read_meta
 
 Progress = Callable[[int, int], None]
 """Called with (row bytes done, row bytes in all), after every extent."""
 
 JOURNAL_BYTES = 4 << 30
-"""Bytes written between two notes in the journal."""
+"""Row bytes between two notes in the journal."""
 _MAP_SLACK_BYTES = 256 << 20
-_BEHIND_MAX = 3
-"""Extents that may be written and not yet read back: they stay in the page cache."""
-
-_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One extent to be: rows of a model layer."""
-
-    layer: int
-    first_row: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class _Packed:
-    value: Bytes
-    digest: str
 
 
 def build_table(
@@ -113,29 +90,14 @@ def build_table(
         SpecError: a schema without rows.
     """
     destination = Path(os.path.abspath(destination))
-    layout = BlockLayout(schema.row_format.row_bytes, extent_blocks)
-    _check_schema(schema)
-    seed = table_seed_of(schema, source.digest) if table_seed is None else table_seed
-    place.check_destination(destination, _needed_bytes(schema, layout))
+    plan = Plan.of(schema, source, table_seed, extent_blocks)
+    place.check_destination(destination, plan.file_bytes)
     with place.private_directory(destination) as directory, _storage_errors(destination):
+        # Another import may have finished between the first look and the lock.
         place.check_destination(destination, 0)
-        job = _Import(directory, schema, source, layout, seed, progress, journal_bytes)
-        manifest = job.run()
+        manifest = _Import(directory, plan, progress, journal_bytes).run()
         place.publish(directory, destination)
     return manifest
-
-
-def _check_schema(schema: Schema) -> None:
-    layers = [layer for layer, _ in schema.layers]
-    if not layers or layers != sorted(set(layers)) or min(rows for _, rows in schema.layers) < 1:
-        raise SpecError(
-            f"a table needs layers in ascending order, each with rows, not {list(schema.layers)}"
-        )
-
-
-def _needed_bytes(schema: Schema, layout: BlockLayout) -> int:
-    token_map_bytes = 0 if schema.token_map is None else schema.token_map.nbytes
-    return layout.file_bytes([rows for _, rows in schema.layers]) + token_map_bytes
 
 
 @contextmanager
@@ -151,44 +113,34 @@ def _storage_errors(destination: Path) -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """An extent's value as LMDB is to store it, and the digest of its rows."""
+
+    value: Bytes
+    digest: str
+
+
 class _Import:
-    """One import into a locked private directory."""
+    """One import into a private directory whose lock is held."""
 
     def __init__(
-        self,
-        directory: Path,
-        schema: Schema,
-        source: RowSource,
-        layout: BlockLayout,
-        seed: int,
-        progress: Progress | None,
-        journal_bytes: int,
+        self, directory: Path, plan: Plan, progress: Progress | None, journal_bytes: int
     ) -> None:
         self._directory = directory
-        self._schema = schema
-        self._source = source
-        self._layout = layout
-        self._seed = seed
+        self._plan = plan
         self._progress = progress
         self._journal_bytes = journal_bytes
-        self._parts = [
-            _Part(layer, first, min(layout.rows_per_extent, rows - first))
-            for layer, rows in schema.layers
-            for first in range(0, rows, layout.rows_per_extent)
-        ]
-        self._done_bytes = list(
-            accumulate((part.rows * layout.row_bytes for part in self._parts), initial=0)
-        )
         self._digests: list[str] = []
 
     def run(self) -> Manifest:
         """Write, sync and read back everything; what is left is to publish the directory."""
-        with Readback(self._directory, self._layout, self._seed) as readback:
+        with Readback(self._directory, self._plan.layout, self._plan.table_seed) as readback:
             journal = self._resume(readback) or self._start_over()
             environment = self._open()
             try:
                 self._write_extents(environment, readback, journal)
-                manifest = self._manifest()
+                manifest = self._plan.manifest(self._digests)
                 self._write_rest(environment, manifest)
                 environment.sync(True)
             finally:
@@ -198,39 +150,24 @@ class _Import:
         (self._directory / JOURNAL_FILE).unlink()
         return manifest
 
-    def _identity(self) -> dict[str, object]:
-        schema = self._schema
-        return {
-            "spec": schema.spec,
-            "row_format": schema.row_format.to_dict(),
-            "layers": [list(layer) for layer in schema.layers],
-            "token_map": schema.token_map_digest,
-            "source": self._source.digest,
-            "table_seed": self._seed,
-            "extent_blocks": self._layout.extent_blocks,
-        }
-
     def _start_over(self) -> Journal:
         for entry in self._directory.iterdir():
             entry.unlink()
-        self._digests = []
         self._open().close()
-        journal = Journal(self._identity(), boot_id())
+        journal = Journal(self._plan.identity, boot_id())
         journal.write(self._directory)
         return journal
 
     def _resume(self, readback: Readback) -> Journal | None:
         """Take over what a killed import left, or None where that cannot be trusted."""
         journal = Journal.read(self._directory)
-        if journal is None or (journal.identity, journal.boot) != (self._identity(), boot_id()):
+        if journal is None or (journal.identity, journal.boot) != (self._plan.identity, boot_id()):
             return None
+        digests = list(journal.digests[: journal.previous])
         try:
             values = self._extents_found()
-            if len(values) < len(journal.digests):
-                return None
-            digests = list(journal.digests[: journal.previous])
             self._report(len(digests))
-            for value, part in list(zip(values, self._parts, strict=False))[len(digests) :]:
+            for value, part in list(zip(values, self._plan.parts, strict=False))[len(digests) :]:
                 assert value.page is not None
                 digests.append(readback.extent(value.page, part.layer, part.first_row, part.rows))
                 self._report(len(digests))
@@ -253,24 +190,11 @@ class _Import:
                 for value in placed_values(descriptor, read_meta(descriptor))
                 if value.key not in (MANIFEST_KEY, TOKEN_MAP_KEY)
             ]
-        for value, part in zip(values, self._parts, strict=False):
-            self._check_place(value, part)
-        if len(values) > len(self._parts):
+        if len(values) > len(self._plan.parts):
             raise CorruptTableError("the unfinished import holds more than it should")
+        for value, part in zip(values, self._plan.parts, strict=False):
+            self._plan.check_place(value, part)
         return values
-
-    def _check_place(self, value: PlacedValue | None, part: _Part) -> PlacedValue:
-        if (
-            value is None
-            or value.page is None
-            or value.key != extent_key(part.layer, part.first_row)
-            or value.length != self._layout.value_bytes(part.rows)
-        ):
-            raise CorruptTableError(
-                f"layer {part.layer} row {part.first_row} is not where LMDB was told to put it; "
-                "import again"
-            )
-        return value
 
     @contextmanager
     def _data_file(self) -> Iterator[int]:
@@ -284,7 +208,7 @@ class _Import:
         # Never writemap: a full disk would then end the process with SIGBUS.
         return lmdb.open(
             str(self._directory),
-            map_size=_needed_bytes(self._schema, self._layout) + _MAP_SLACK_BYTES,
+            map_size=self._plan.file_bytes + _MAP_SLACK_BYTES,
             mode=0o600,
             sync=False,
             lock=False,
@@ -294,36 +218,19 @@ class _Import:
     def _write_extents(
         self, environment: lmdb.Environment, readback: Readback, journal: Journal
     ) -> None:
-        buffers = [
-            np.empty(self._layout.extent_blocks * PAGE_BYTES, np.uint8)
-            for _ in range(min(2, len(self._parts)))
-        ]
         noted = len(journal.digests)
         with (
             self._data_file() as descriptor,
-            ThreadPoolExecutor(1, "engram-pack") as packers,
-            _Follower(descriptor, readback) as follower,
+            Follower(descriptor, readback) as follower,
         ):
-
-            def pack(index: int) -> Future[_Packed] | None:
-                if index == len(self._parts):
-                    return None
-                return packers.submit(self._pack, self._parts[index], buffers[index % 2])
-
-            pending = pack(len(self._digests))
-            while pending is not None:
-                packed, part = pending.result(), self._parts[len(self._digests)]
-                pending = pack(len(self._digests) + 1)
+            for part, packed in self._packed_ahead():
                 with environment.begin(write=True) as transaction:
-                    transaction.put(
-                        extent_key(part.layer, part.first_row), packed.value.data, append=True
-                    )
-                written = self._check_place(last_value(descriptor, read_meta(descriptor)), part)
-                follower.follow(written, part, packed.digest)
+                    transaction.put(part.key, packed.value.data, append=True)
+                follower.follow(self._written(descriptor, part, packed))
                 self._digests.append(packed.digest)
                 self._report(len(self._digests))
-                done = self._done_bytes[len(self._digests)] - self._done_bytes[noted]
-                if done >= self._journal_bytes:
+                before = self._plan.row_bytes_before
+                if before[len(self._digests)] - before[noted] >= self._journal_bytes:
                     follower.catch_up()
                     environment.sync(True)
                     journal = journal.advanced(self._digests)
@@ -331,46 +238,56 @@ class _Import:
                     noted = len(self._digests)
             follower.catch_up()
 
-    def _pack(self, part: _Part, buffer: Bytes) -> _Packed:
-        """Read one extent's rows and lay them out as LMDB's value, piece by piece."""
-        layout = self._layout
+    def _packed_ahead(self) -> Iterator[tuple[Part, _Packed]]:
+        """The extents still to be written; while one is in use, the next is being packed."""
+        parts = self._plan.parts[len(self._digests) :]
+        value_bytes = max((self._plan.layout.value_bytes(part.rows) for part in parts), default=0)
+        buffers = [np.empty(value_bytes, np.uint8) for _ in parts[:2]]
+        with ThreadPoolExecutor(1, "engram-pack") as packer:
+
+            def start(index: int) -> Future[_Packed]:
+                return packer.submit(self._pack, parts[index], buffers[index % 2])
+
+            pending = [start(0)] if parts else []
+            for index, part in enumerate(parts):
+                packed = pending.pop().result()
+                if index + 1 < len(parts):
+                    pending.append(start(index + 1))
+                yield part, packed
+
+    def _pack(self, part: Part, buffer: Bytes) -> _Packed:
+        """Read one extent's rows and lay them out, a piece at a time."""
+        layout, seed = self._plan.layout, self._plan.table_seed
         value = buffer[: layout.value_bytes(part.rows)]
         piece = np.empty((PIECE_BLOCKS * layout.rows_per_block, layout.row_bytes), np.uint8)
         state = xxhash.xxh3_128((part.rows * layout.row_bytes).to_bytes(8, "little"))
         for number, first in enumerate(range(0, part.rows, len(piece))):
             rows = piece[: min(len(piece), part.rows - first)]
-            self._source.read(part.layer, part.first_row + first, rows)
+            self._plan.source.read(part.layer, part.first_row + first, rows)
             state.update(rows.data)
             start = number * PIECE_BLOCKS * PAGE_BYTES
             span = value[start : start + PIECE_BLOCKS * PAGE_BYTES]
-            pack_rows(rows, layout, self._seed, part.layer, part.first_row + first, span)
+            pack_rows(rows, layout, seed, part.layer, part.first_row + first, span)
         return _Packed(value, state.hexdigest())
+
+    def _written(self, descriptor: int, part: Part, packed: _Packed) -> Written:
+        value = self._plan.check_place(last_value(descriptor, read_meta(descriptor)), part)
+        assert value.page is not None
+        return Written(
+            part.layer, part.first_row, part.rows, value.page, value.pages, packed.digest
+        )
 
     def _report(self, extents: int) -> None:
         if self._progress is not None:
-            self._progress(self._done_bytes[extents], self._done_bytes[-1])
-
-    def _manifest(self) -> Manifest:
-        schema = self._schema
-        return Manifest(
-            spec=schema.spec,
-            row_format=schema.row_format,
-            layers=schema.layers,
-            token_map_digest=schema.token_map_digest,
-            table_seed=self._seed,
-            extent_blocks=self._layout.extent_blocks,
-            extents=tuple(
-                Extent(part.layer, part.first_row, part.rows, found)
-                for part, found in zip(self._parts, self._digests, strict=True)
-            ),
-            source={**self._source.description, "digest": self._source.digest},
-        )
+            before = self._plan.row_bytes_before
+            self._progress(before[extents], before[-1])
 
     def _write_rest(self, environment: lmdb.Environment, manifest: Manifest) -> None:
+        token_map = self._plan.schema.token_map
         with environment.begin(write=True) as transaction:
             transaction.put(MANIFEST_KEY, json.dumps(manifest.to_dict()).encode())
-            if self._schema.token_map is not None:
-                transaction.put(TOKEN_MAP_KEY, self._schema.token_map.astype("<i4").tobytes())
+            if token_map is not None:
+                transaction.put(TOKEN_MAP_KEY, token_map.astype("<i4").tobytes())
 
     def _describe(self, manifest: Manifest) -> None:
         """Find where everything lies and write `table.json`."""
@@ -381,10 +298,8 @@ class _Import:
             os.ftruncate(descriptor, size)
             values = {value.key: value for value in placed_values(descriptor, meta)}
             token_map = values.get(TOKEN_MAP_KEY)
-            pages = [
-                self._check_place(values.get(extent_key(part.layer, part.first_row)), part).page
-                for part in self._parts
-            ]
+            parts = self._plan.parts
+            pages = [self._plan.check_place(values.get(part.key), part).page for part in parts]
             physical = Physical(
                 file_bytes=size,
                 extent_pages=tuple(page for page in pages if page is not None),
@@ -393,57 +308,5 @@ class _Import:
                 tree_digest="",
             )
             found = tree_digest(descriptor, size, spans(manifest, physical))
-        write_manifest(
-            self._directory, manifest, Physical(**{**vars(physical), "tree_digest": found})
-        )
+        write_manifest(self._directory, manifest, replace(physical, tree_digest=found))
         (self._directory / MANIFEST_FILE).chmod(0o600)
-
-
-class _Follower:
-    """Sees written extents to the device, reads them back, and drops them from the page cache."""
-
-    def __init__(self, descriptor: int, readback: Readback) -> None:
-        self._descriptor = descriptor
-        self._readback = readback
-        self._thread = ThreadPoolExecutor(1, "engram-follow")
-        self._behind: deque[Future[None]] = deque()
-
-    def __enter__(self) -> _Follower:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-
-    def follow(self, value: PlacedValue, part: _Part, expected: str) -> None:
-        """Take on one more extent; waits while too many are underway, and raises their errors."""
-        self._behind.append(self._thread.submit(self._see_to, value, part, expected))
-        while len(self._behind) > _BEHIND_MAX:
-            self._behind.popleft().result()
-
-    def catch_up(self) -> None:
-        """Wait for all, and raise their errors."""
-        while self._behind:
-            self._behind.popleft().result()
-
-    def _see_to(self, value: PlacedValue, part: _Part, expected: str) -> None:
-        assert value.page is not None
-        offset, count = value.page * PAGE_BYTES, value.pages * PAGE_BYTES
-        _write_back(self._descriptor, offset, count, _WRITE)
-        found = self._readback.extent(value.page, part.layer, part.first_row, part.rows)
-        if found != expected:
-            raise CorruptTableError(
-                f"layer {part.layer} rows from {part.first_row} read back differ from the source; "
-                "check the memory and the device, then import again"
-            )
-        _write_back(self._descriptor, offset, count, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
-        os.posix_fadvise(self._descriptor, offset, count, os.POSIX_FADV_DONTNEED)
-
-
-def _write_back(descriptor: int, offset: int, count: int, flags: int) -> None:
-    """sync_file_range(2): only a push; that all is on the device is for the last sync to say."""
-    _libc.sync_file_range(
-        ctypes.c_int(descriptor),
-        ctypes.c_int64(offset),
-        ctypes.c_int64(count),
-        ctypes.c_uint(flags),
-    )
