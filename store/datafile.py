@@ -1,9 +1,9 @@
 """Opening a table's data file: everything is proven by plain reads before LMDB may look at it.
 
 LMDB follows the numbers in its pages blindly, so one flipped bit there can end the process. Hence
-the order: `table.json` (digested), file size, digest of all pages that hold neither rows nor
-token map, place of every value in the tree; only then does LMDB hand out the two small values,
-and is closed again. Rows are read by their offsets, without LMDB.
+the order: `table.json` (digested), file size, digest of all pages without rows, place of every
+value in the tree; only then does LMDB hand out the two small values, and is closed again. Rows
+are read by their offsets, without LMDB.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def read_at(descriptor: int, count: int, offset: int) -> bytes:
 
 
 def spans(manifest: Manifest, physical: Physical) -> list[tuple[int, int]]:
-    """(first page, pages) of every extent and of the token map, ascending.
+    """(first page, pages) of every extent, ascending.
 
     Raises:
         CorruptTableError: they overlap, leave the file, or do not add up to the layers' rows.
@@ -108,14 +108,10 @@ def spans(manifest: Manifest, physical: Physical) -> list[tuple[int, int]]:
     ]
     if expected != [(extent.layer, extent.first_row, extent.rows) for extent in manifest.extents]:
         raise CorruptTableError("the extents do not add up to the layers; import the table again")
-    found = [
+    found = sorted(
         (page, layout.blocks(extent.rows))
         for page, extent in zip(physical.extent_pages, manifest.extents, strict=True)
-    ]
-    if physical.token_map_page is not None:
-        token_map_bytes = PAGE_HEADER_BYTES + physical.token_map_bytes
-        found.append((physical.token_map_page, -(-token_map_bytes // PAGE_BYTES)))
-    found.sort()
+    )
     end = _META_PAGES
     for page, pages in [*found, (physical.file_bytes // PAGE_BYTES, 0)]:
         if page < end:
@@ -143,7 +139,7 @@ def tree_digest(descriptor: int, file_bytes: int, taken: list[tuple[int, int]]) 
     Args:
         descriptor: of the data file.
         file_bytes: its size, a multiple of the page size.
-        taken: (first page, pages) of extents and token map, ascending; see `spans`.
+        taken: (first page, pages) of the extents, ascending; see `spans`.
 
     Raises:
         CorruptTableError: a page cannot be read.
@@ -168,6 +164,7 @@ def check_structure(descriptor: int, manifest: Manifest, physical: Physical) -> 
             f"the data file has {size} bytes, {physical.file_bytes} were written; "
             "import the table again"
         )
+    check_token_map(descriptor, manifest, physical)
     if tree_digest(descriptor, size, spans(manifest, physical)) != physical.tree_digest:
         raise CorruptTableError("LMDB's own pages are damaged; import the table again")
     meta = read_meta(descriptor)
@@ -200,6 +197,19 @@ def _compare_tree(found: list[PlacedValue], manifest: Manifest, physical: Physic
         )
 
 
+def check_token_map(descriptor: int, manifest: Manifest, physical: Physical) -> None:
+    """Compare the token map with its digest, by plain reads, where it has pages of its own.
+
+    Raises:
+        CorruptTableError: it is damaged, or cannot be read.
+    """
+    if physical.token_map_page is None:
+        return
+    start = physical.token_map_page * PAGE_BYTES + PAGE_HEADER_BYTES
+    if digest(read_at(descriptor, physical.token_map_bytes, start)) != manifest.token_map_digest:
+        raise CorruptTableError("the token map is damaged; import the table again")
+
+
 def read_embedded(
     descriptor: int, manifest: Manifest, physical: Physical
 ) -> npt.NDArray[np.int32] | None:
@@ -210,14 +220,6 @@ def read_embedded(
     Raises:
         CorruptTableError: LMDB refuses the file, or one of the two values is damaged.
     """
-    if physical.token_map_page is not None:
-        # First by a plain read: an I/O error is then an error, not a signal out of LMDB's map.
-        start = physical.token_map_page * PAGE_BYTES + PAGE_HEADER_BYTES
-        if (
-            digest(read_at(descriptor, physical.token_map_bytes, start))
-            != manifest.token_map_digest
-        ):
-            raise CorruptTableError("the token map is damaged; import the table again")
     embedded, token_map = _lmdb_values(descriptor, physical.file_bytes)
     try:
         same = json.loads(embedded) == json.loads(json.dumps(manifest.to_dict()))

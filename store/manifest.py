@@ -153,7 +153,7 @@ class Physical:
         extent_pages: first page of each extent's value, in the manifest's order.
         token_map_page: first page of the token map's value, or None.
         token_map_bytes: its length, 0 without one.
-        tree_digest: digest of every page that holds neither rows nor token map.
+        tree_digest: digest of every page that holds no rows.
     """
 
     file_bytes: int
@@ -189,7 +189,9 @@ def read_manifest(directory: Path) -> tuple[Manifest, Physical]:
             "make one with 'engram import' or 'engram synth'"
         ) from None
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
+        raise StoreError(
+            f"{path} cannot be read: {error.strerror}; check its permissions"
+        ) from None
     except (ValueError, KeyError, AttributeError, TypeError):
         raise CorruptTableError(f"{path} is damaged; import the table again") from None
     if found != digest(text.encode()):
