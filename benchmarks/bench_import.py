@@ -92,7 +92,7 @@ def write_checkpoint(directory: Path, vocab_size: int) -> int:
                 for first in range(0, rows, 100_000):
                     block = np.empty((min(100_000, rows - first), 264), np.uint8)
                     source.read(layer, first, block)
-                    file.write(np.ascontiguousarray(block[:, part]))
+                    file.write(np.ascontiguousarray(block[:, part]).data)
         os.fsync(file.fileno())
     shutil.copy(tokenizer_file(), directory / "tokenizer.json")
     config = {

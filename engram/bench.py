@@ -61,7 +61,7 @@ def checksum(*parts: np.ndarray | str | None) -> str:
         if isinstance(part, str):
             state.update(part.encode())
         elif part is not None:
-            state.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+            state.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     return state.hexdigest()
 
 
@@ -124,7 +124,7 @@ def cold_rate(path: Path, tokens: int, batch: int, run: int, *, guard: bool) -> 
             began = time.perf_counter()
             table.lookup(ids[at : at + batch], out=out)
             seconds += time.perf_counter() - began
-            state.update(out.values)
+            state.update(out.values.data)
     return tokens // batch * batch * rows_per_token / seconds, state.hexdigest()
 
 

@@ -2,9 +2,9 @@
 
     EngramError
     |-- SpecError             a spec, tokenizer or checkpoint config that does not add up
-    |   `-- SpecMismatchError a table whose spec differs from the caller's, the field named
+    |   `-- SpecMismatchError a table of another spec than the caller's, the field named
     |-- TokenError            token ids, starts, history or dead positions that cannot be used
-    |-- SelectionError        a layer, column or row id that does not exist, a buffer of the wrong shape
+    |-- SelectionError        a layer, column or row that does not exist, a buffer of another shape
     |-- ModelError            a model in memory that cannot take its rows from a table
     |-- CheckpointError       a source checkpoint that is incomplete or not what the spec expects
     |-- StoreError            a table on disk that cannot be created or opened
@@ -67,7 +67,7 @@ class StoreError(EngramError):
 
 
 class DestinationError(StoreError):
-    """The destination exists already, has too little space, or lies on an unsuitable file system."""
+    """The destination exists, has too little space, or lies on an unsuitable file system."""
 
 
 class CorruptTableError(StoreError):

@@ -67,7 +67,7 @@ class RowFormat:
             raise SpecError(
                 f"row format {self.name} needs a global scale; none was given"
                 if self.global_scale is None
-                else f"row format {self.name} has no global scale, but {self.global_scale} was given"
+                else f"row format {self.name} has no global scale, but got {self.global_scale}"
             )
         if self.global_scale is not None and not (
             math.isfinite(self.global_scale) and self.global_scale > 0
@@ -164,8 +164,7 @@ class Rows:
         for name, array, width in parts:
             wanted = (*shape, width)
             if array.dtype != np.uint8 or array.shape != wanted:
-                raise SelectionError(
-                    f"out.{name} must be uint8 {list(wanted)}, not {array.dtype} {list(array.shape)}"
-                )
+                found = f"{array.dtype} {list(array.shape)}"
+                raise SelectionError(f"out.{name} must be uint8 {list(wanted)}, not {found}")
             if not (array.flags.c_contiguous and array.flags.writeable):
                 raise SelectionError(f"out.{name} must be C-contiguous and writable")

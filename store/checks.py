@@ -12,7 +12,10 @@ XXH32 follows the published specification (xxHash fast digest algorithm, version
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from engram._jit import kernel, load_u8, load_u32
@@ -28,11 +31,11 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _U64 = np.uint64
 
 
-def digest(*parts: bytes | memoryview | np.ndarray) -> str:
+def digest(*parts: bytes | memoryview | npt.NDArray[Any]) -> str:
     """xxh3-128 of the parts, each preceded by its length, in hexadecimal."""
     state = xxhash.xxh3_128()
     for part in parts:
-        view = memoryview(part).cast("B")
+        view = (part.data if isinstance(part, np.ndarray) else memoryview(part)).cast("B")
         state.update(len(view).to_bytes(8, "little"))
         state.update(view)
     return state.hexdigest()

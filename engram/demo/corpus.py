@@ -41,7 +41,7 @@ def source_tokens(tokens_max: int, seed: int = 0) -> list[npt.NDArray[np.int32]]
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     if not paths:
         raise ConfigError("this Python has no standard library sources to read")
-    np.random.default_rng(seed).shuffle(paths)  # type: ignore[arg-type]
+    np.random.default_rng(seed).shuffle(paths)
     documents: list[npt.NDArray[np.int32]] = []
     total = 0
     for path in paths:

@@ -63,9 +63,9 @@ def batches(
     text = np.concatenate(documents)
     places = np.random.default_rng(seed).integers(context, len(text) - steps, DECODE_SEQUENCES)
     starts = np.arange(DECODE_SEQUENCES + 1, dtype=np.int32)
-    for at in (places + step for step in range(steps)):
-        history = np.stack([text[at - context + k] for k in range(context)], axis=1)
-        yield Batch("decode", text[at], starts, history)
+    for newest in (places + step for step in range(steps)):
+        history = np.stack([text[newest - context + k] for k in range(context)], axis=1)
+        yield Batch("decode", text[newest], starts, history)
 
 
 def check_rows(table: Table, table_seed: int, batch: Batch, rows: Rows) -> int:
