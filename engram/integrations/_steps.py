@@ -121,6 +121,7 @@ class SharedLookup:
         if history is not None:
             self.table.prefetch(step.request.tokens, history=history)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def close(self) -> None:
         """End this thread's step, if there is one."""
         self._steps.pop(threading.get_ident(), None)

@@ -28,9 +28,11 @@ def offload(model: Model, table: Table, *, check_rows: bool = True) -> Model:
     """Let a model take its n-gram embeddings from `table`, and free its own tables.
 
     The logits stay the same to the last bit where the table holds the model's own rows: with and
-    without cache, in chunks, with padding, in beams. One lookup per forward serves all layers, and
-    rows are prefetched from the ids at the text model's entry. Memory is freed as soon as nobody
-    else holds the model's `ngram_embedding` weights (a state dict taken before does).
+    without cache, in chunks, with padding, in beams. (A model under `torch.compile` leaves its
+    graph for each lookup; the compiler then fuses other operations than in the resident model, and
+    may round differently.) One lookup per forward serves all layers, and rows are prefetched from
+    the ids at the text model's entry. Memory is freed as soon as nobody else holds the model's
+    `ngram_embedding` weights (a state dict taken before does).
 
     A copy of the model shares the table. The table must stay open while the model is used.
     `save_pretrained` is refused afterwards, because a checkpoint without the table would load with
