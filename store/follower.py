@@ -1,9 +1,9 @@
 """Seeing written extents to the device and reading them back from there, behind the writer.
 
-An extent is pushed to the device as soon as it is written. When the next one comes, its predecessor
-is waited for, dropped from the page cache, and read back by another process: so what is verified
-comes from the device wherever the file system drops clean pages on request. Dropping it also
-leaves the cache to those who need it.
+An extent is pushed to the device as soon as it is written. When more have followed, it is waited
+for, dropped from the page cache, and read back by another process: so what is verified comes from
+the device wherever the file system drops clean pages on request. Dropping it also leaves the cache
+to those who need it.
 
 A push is no promise: that everything is durable is for the final sync to say.
 """
@@ -21,7 +21,9 @@ from engram.store.layout import PAGE_BYTES
 from engram.store.readback import Readback
 
 _BEHIND_MAX = 3
-"""Extents that may be written and not yet read back: they are in the page cache, dirty."""
+"""Extents that may be written and not yet pushed."""
+_PUSHED_BYTES_MAX = 64 << 20
+"""Bytes that may be on their way to the device: enough that waiting for them does not idle it."""
 
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,7 +49,7 @@ class Follower:
         self._readback = readback
         self._thread = ThreadPoolExecutor(1, "engram-follow")
         self._behind: deque[Future[None]] = deque()
-        self._pushed: Written | None = None
+        self._pushed: deque[Written] = deque()
 
     def __enter__(self) -> Follower:
         return self
@@ -72,14 +74,17 @@ class Follower:
             self._behind.popleft().result()
 
     def _step(self, written: Written | None) -> None:
+        bytes_max = 0
         if written is not None:
             self._write_back(written, _WRITE)
-        previous, self._pushed = self._pushed, written
-        if previous is not None:
-            self._write_back(previous, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
-            self._drop(previous)
-            self._verify(previous)
-            self._drop(previous)
+            self._pushed.append(written)
+            bytes_max = _PUSHED_BYTES_MAX
+        while sum(each.pages for each in self._pushed) * PAGE_BYTES > bytes_max:
+            oldest = self._pushed.popleft()
+            self._write_back(oldest, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+            self._drop(oldest)
+            self._verify(oldest)
+            self._drop(oldest)
 
     def _verify(self, written: Written) -> None:
         found = self._readback.extent(written.page, written.layer, written.first_row, written.rows)

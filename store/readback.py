@@ -12,6 +12,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +25,7 @@ from engram.errors import CorruptTableError, EngramError
 from engram.rows import Bytes
 from engram.store.datafile import check_structure, open_file
 from engram.store.layout import PAGE_BYTES, PAGE_HEADER_BYTES, BlockLayout
-from engram.store.manifest import read_manifest
+from engram.store.manifest import MANIFEST_KEY, TOKEN_MAP_KEY, extent_key, read_manifest
 from engram.store.pack import ALL_SOUND, unpack_rows
 from engram.store.tree import placed_values, read_meta
 
@@ -148,13 +150,15 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 class _Reader:
-    """The other process: reads by descriptor, into buffers of bounded size."""
+    """The other process: reads into buffers of bounded size.
+
+    It opens the file for every request, since an import that starts over makes a new one.
+    """
 
     def __init__(self, directory: str, row_bytes: int, extent_blocks: int, table_seed: int) -> None:
         self._directory = Path(directory)
         self._layout = BlockLayout(row_bytes, extent_blocks)
         self._seed = table_seed
-        self._descriptor = open_file(self._directory)
         self._span = np.empty(PIECE_BLOCKS * PAGE_BYTES, np.uint8)
         self._rows = np.empty((PIECE_BLOCKS * self._layout.rows_per_block, row_bytes), np.uint8)
 
@@ -162,50 +166,54 @@ class _Reader:
         layout = self._layout
         state = xxhash.xxh3_128((rows * layout.row_bytes).to_bytes(8, "little"))
         start, left = page * PAGE_BYTES + PAGE_HEADER_BYTES, layout.value_bytes(rows)
-        os.posix_fadvise(self._descriptor, start, left, os.POSIX_FADV_WILLNEED)
-        for first in range(0, rows, len(self._rows)):
-            here = self._rows[: min(len(self._rows), rows - first)]
-            span = self._span[: min(self._span.size, left)]
-            self._read(span, start)
-            bad = unpack_rows(span, layout, self._seed, layer, first_row + first, here)
-            if bad != ALL_SOUND:
-                raise CorruptTableError(f"layer {layer} row {first_row + first + bad}")
-            state.update(here.data)
-            start += span.size
-            left -= span.size
+        with self._data_file() as descriptor:
+            os.posix_fadvise(descriptor, start, left, os.POSIX_FADV_WILLNEED)
+            for first in range(0, rows, len(self._rows)):
+                here = self._rows[: min(len(self._rows), rows - first)]
+                span = self._span[: min(self._span.size, left)]
+                _fill(descriptor, span, start)
+                bad = unpack_rows(span, layout, self._seed, layer, first_row + first, here)
+                if bad != ALL_SOUND:
+                    raise CorruptTableError(f"layer {layer} row {first_row + first + bad}")
+                state.update(here.data)
+                start += span.size
+                left -= span.size
         return state.hexdigest()
 
-    def _read(self, into: Bytes, position: int) -> None:
-        view = into.data
-        while view:
-            count = os.preadv(self._descriptor, [view], position)
-            if not count:
-                raise CorruptTableError(f"the data file ends at byte {position}")
-            view = view[count:]
-            position += count
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+    @contextmanager
+    def _data_file(self) -> Iterator[int]:
+        descriptor = open_file(self._directory)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def finish(self) -> None:
         manifest, physical = read_manifest(self._directory)
-        check_structure(self._descriptor, manifest, physical)
-        placed = placed_values(self._descriptor, read_meta(self._descriptor))
+        with self._data_file() as descriptor:
+            check_structure(descriptor, manifest, physical)
+            placed = list(placed_values(descriptor, read_meta(descriptor)))
         found = [
-            (*_key_fields(value.key), value.page)
+            (value.key, value.page)
             for value in placed
-            if not value.key.startswith(b"\xff\xff\xff\xff")
+            if value.key not in (MANIFEST_KEY, TOKEN_MAP_KEY)
         ]
         expected = [
-            (extent.layer, extent.first_row, page)
+            (extent_key(extent.layer, extent.first_row), page)
             for extent, page in zip(manifest.extents, physical.extent_pages, strict=True)
         ]
         if found != expected:
             raise CorruptTableError("LMDB's tree differs from the manifest")
 
 
-def _key_fields(key: bytes) -> tuple[int, int]:
-    return int.from_bytes(key[:4], "big"), int.from_bytes(key[4:], "big")
+def _fill(descriptor: int, into: Bytes, position: int) -> None:
+    view = into.data
+    while view:
+        count = os.preadv(descriptor, [view], position)
+        if not count:
+            raise CorruptTableError(f"the data file ends at byte {position}")
+        view = view[count:]
+        position += count
 
 
 def _answer(reader: _Reader | None, request: dict[str, Any]) -> str:
@@ -231,14 +239,15 @@ def main() -> None:
             reply = {"done": _answer(reader, request)}
         except (EngramError, OSError) as error:
             reply = {"error": str(error)}
-        if "finish" in request and reader is not None:
-            reader.close()
+        if "finish" in request:
             reader = None
             signal.alarm(_IDLE_SECONDS)
         print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    # The import may be killed while it is being answered.
+    with suppress(BrokenPipeError):
+        main()
     # Nothing is left to be torn down, and numba takes half a second to do it.
     os._exit(0)

@@ -1,0 +1,225 @@
+"""kill -9 of an import: never an openable half, and the next one finishes the same table."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from table_files import rows_of
+
+from engram.errors import StoreError
+from engram.rows import RowFormat
+from engram.store import journal
+from engram.store.destination import private_path
+from engram.store.journal import JOURNAL_FILE, Journal
+from engram.store.manifest import Schema, read_manifest
+from engram.store.synth import SyntheticSource
+from engram.store.tree import placed_values, read_meta
+from engram.store.writer import build_table
+
+ROWS = 70_000
+SCHEMA = Schema(
+    "{}", RowFormat("fp8-ue8m0", 128), ((1, ROWS), (14, ROWS - 7)), np.arange(3000, dtype=np.int32)
+)
+OPTIONS = {"extent_blocks": 64, "journal_bytes": 1 << 19}
+KILLS = 10
+
+IMPORT = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_import_kill import OPTIONS, SCHEMA
+from engram.store.synth import SyntheticSource
+from engram.store.writer import build_table
+
+def progress(done, total):
+    print(done, total, flush=True)
+
+print("started", flush=True)
+build_table(Path(sys.argv[1]), SCHEMA, SyntheticSource(SCHEMA), progress=progress, **OPTIONS)
+"""
+
+
+def build(path, source=None, schema=SCHEMA, **options):
+    """Import and return (manifest, row bytes that were done at the first report)."""
+    seen = []
+    manifest = build_table(
+        path,
+        schema,
+        source or SyntheticSource(schema),
+        progress=lambda done, total: seen.append(done),
+        **(OPTIONS | options),
+    )
+    return manifest, seen[0]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed") / "table"
+    manifest, first = build(path)
+    return manifest, rows_of(path), first
+
+
+def start(path):
+    return subprocess.Popen(
+        [sys.executable, "-c", IMPORT, str(path), *sys.path], stdout=subprocess.PIPE, text=True
+    )
+
+
+def assert_finished(path, manifest, undisturbed):
+    expected, rows, _ = undisturbed
+    assert manifest == expected
+    assert read_manifest(path)[0].fingerprint == expected.fingerprint
+    found = rows_of(path)
+    for layer, packed in rows.items():
+        np.testing.assert_array_equal(found[layer], packed)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def assert_nothing_to_open(path):
+    assert {entry.name for entry in path.parent.iterdir()} <= {private_path(path).name}
+    with pytest.raises(StoreError, match="is not a table"):
+        read_manifest(path)
+
+
+def test_killed_ten_times_then_finished(tmp_path, undisturbed):
+    path = tmp_path / "table"
+    chance = random.Random(20260101)
+    noted = [0]
+    for _ in range(KILLS):
+        process = start(path)
+        # Each one lives for some reports, of extents taken over or written, and a moment more.
+        for _ in range(chance.randint(0, 9) + 1):
+            process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.02))
+        process.kill()
+        process.communicate()
+        assert_nothing_to_open(path)
+        progress = Journal.read(private_path(path))
+        noted.append(0 if progress is None else len(progress.digests))
+    assert noted == sorted(noted), "a killed import went back behind its notes"
+    assert noted[-1] > 0
+    manifest, first = build(path)
+    assert first != undisturbed[2], "the last import started over"
+    assert_finished(path, manifest, undisturbed)
+
+
+def test_killed_while_it_finishes(tmp_path, undisturbed):
+    """After the last row there are syncs, the tree's digest, the manifest and the rename."""
+    for number, delay in enumerate((0.0, 0.005, 0.02, 0.05)):
+        path = tmp_path / str(number) / "table"
+        path.parent.mkdir()
+        process = start(path)
+        for line in process.stdout:
+            done, _, total = line.partition(" ")
+            if done == total.strip():
+                break
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        if path.exists():
+            manifest = read_manifest(path)[0]
+        else:
+            assert_nothing_to_open(path)
+            manifest, _ = build(path)
+        assert_finished(path, manifest, undisturbed)
+
+
+class InterruptError(BaseException):
+    """As a KeyboardInterrupt: what was done stays."""
+
+
+def interrupted(path, after_extents):
+    """Leave an import unfinished, with notes in its journal; returns its private directory."""
+    count = 0
+
+    def progress(done, total):
+        nonlocal count
+        count += 1
+        if count == after_extents:
+            raise InterruptError
+
+    with pytest.raises(InterruptError):
+        build_table(path, SCHEMA, SyntheticSource(SCHEMA), progress=progress, **OPTIONS)
+    assert_nothing_to_open(path)
+    directory = private_path(path)
+    notes = Journal.read(directory)
+    assert 0 < notes.previous < len(notes.digests) < after_extents
+    return directory, notes
+
+
+def test_goes_on_from_the_last_note_but_one(tmp_path, undisturbed):
+    path = tmp_path / "table"
+    _, notes = interrupted(path, 30)
+    manifest, first = build(path)
+    before = [0]
+    for extent in manifest.extents:
+        before.append(before[-1] + extent.rows * 132)
+    assert first == before[notes.previous]
+    assert_finished(path, manifest, undisturbed)
+
+
+def test_after_a_boot_it_starts_over(tmp_path, undisturbed, monkeypatch):
+    path = tmp_path / "table"
+    interrupted(path, 30)
+    other = tmp_path.parent / f"{tmp_path.name}-boot_id"
+    other.write_text("another boot\n")
+    monkeypatch.setattr(journal, "_BOOT_ID", other)
+    manifest, first = build(path)
+    assert first == undisturbed[2], "it went on although the machine was restarted"
+    assert_finished(path, manifest, undisturbed)
+
+
+@pytest.mark.parametrize("what", ["source", "token map", "extent size"])
+def test_another_import_starts_over(tmp_path, what):
+    path = tmp_path / "table"
+    interrupted(path, 30)
+    source, schema, options = None, SCHEMA, {}
+    if what == "source":
+        source = SyntheticSource(SCHEMA, seed=1)
+    elif what == "token map":
+        token_map = np.arange(3000, dtype=np.int32)[::-1].copy()
+        schema = Schema(SCHEMA.spec, SCHEMA.row_format, SCHEMA.layers, token_map)
+    else:
+        options = {"extent_blocks": 65}
+    manifest, first = build(path, source, schema, **options)
+    assert first == manifest.extents[0].rows * 132
+    alone, _ = build(tmp_path / "alone", source, schema, **options)
+    assert manifest == alone
+
+
+def flip(path, position):
+    with path.open("r+b") as stream:
+        stream.seek(position)
+        byte = stream.read(1)[0]
+        stream.seek(position)
+        stream.write(bytes([byte ^ 16]))
+
+
+@pytest.mark.parametrize("what", ["noted row", "later row", "tree", "meta", "journal", "digest"])
+def test_what_cannot_be_trusted_starts_over(tmp_path, undisturbed, what):
+    path = tmp_path / "table"
+    directory, notes = interrupted(path, 30)
+    data = directory / "data.mdb"
+    with data.open("rb") as stream:
+        meta = read_meta(stream.fileno())
+        pages = [value.page for value in placed_values(stream.fileno(), meta)]
+    if what == "noted row":
+        flip(data, pages[notes.previous] * 4096 + 500)
+    elif what == "later row":
+        flip(data, pages[len(notes.digests)] * 4096 + 500)
+    elif what == "tree":
+        flip(data, meta.root * 4096)
+    elif what == "meta":
+        flip(data, 16)
+    elif what == "journal":
+        (directory / JOURNAL_FILE).write_text("{")
+    else:
+        digests = ("0" * 32,) * len(notes.digests)
+        Journal(notes.identity, notes.boot, digests, notes.previous).write(directory)
+    manifest, _ = build(path)
+    assert_finished(path, manifest, undisturbed)
