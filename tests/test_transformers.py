@@ -268,9 +268,9 @@ def test_gradients_of_the_other_parameters_stay_the_same():
             model.zero_grad()
             model.train()
             if checkpointing:
-                model.gradient_checkpointing_enable()
+                model.activation_checkpointing_enable()
             model(ids, labels=ids, use_cache=False).loss.backward()
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
             model.eval()
             gradients.append(
                 {n: p.grad for n, p in model.named_parameters() if "ngram_embedding" not in n}

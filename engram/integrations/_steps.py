@@ -110,7 +110,7 @@ class SharedLookup:
     def table(self) -> Table:
         return self._ref.table
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def open(self, ids: torch.Tensor | None, states: States) -> None:
         """Begin a step of this thread, and a prefetch if the ids are known already."""
         step = self._steps[threading.get_ident()] = _Step()
@@ -121,12 +121,12 @@ class SharedLookup:
         if history is not None:
             self.table.prefetch(step.request.tokens, history=history)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def close(self) -> None:
         """End this thread's step, if there is one."""
         self._steps.pop(threading.get_ident(), None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def embeddings(
         self, layer: int, ids: torch.Tensor, states: States, dtype: torch.dtype
     ) -> torch.Tensor:

@@ -153,7 +153,7 @@ class EngramLookup(nn.Module):
         """Width of a layer's embeddings: columns * dim."""
         return len(self.columns) * self.table.row_format.dim
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def forward(
         self,
         tokens: torch.Tensor,
