@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from engram.errors import ConfigError
+from engram.errors import ConfigError, UnavailableError
 
 SOCKET_PATH_BYTES_MAX = 107
 """What fits `sockaddr_un` on Linux, without the final zero."""
@@ -22,6 +22,9 @@ _OPTIONS = (
     # A connection of its own: one broken or slow connection never delays another table.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+_first_user: list[int] = []
+"""The process that first used gRPC here; forks inherit it."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,28 @@ def split_port(address: str) -> tuple[str, int]:
     ):
         raise ConfigError(f"{address!r} is not HOST:PORT; an IPv6 host goes in brackets")
     return host, int(port)
+
+
+def require_own_grpc() -> int:
+    """Refuse to use gRPC in a fork of a process that used it: its threads and locks are gone.
+
+    A child that tries may work, abort or wait for ever, depending on what its parent was doing.
+
+    Returns:
+        The id of this process.
+
+    Raises:
+        UnavailableError: this process is such a fork.
+    """
+    process = os.getpid()
+    if not _first_user:
+        _first_user.append(process)
+    if _first_user[0] != process:
+        raise UnavailableError(
+            "gRPC does not survive a fork: start this process with the 'spawn' or 'forkserver' "
+            "method, or call engram.connect only after forking"
+        )
+    return process
 
 
 def open_channel(target: str, tls: Tls) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 
 import grpc
 
-from engram._wire import error_of, error_of_status
-from engram.errors import EngramError, UnavailableError
+from engram._wire import error_of, error_of_call
+from engram.errors import EngramError, ServiceError, UnavailableError
 from engram.proto.v1 import engram_pb2 as pb
 
 
@@ -59,12 +59,17 @@ class LookupStream:
     Args:
         stub: where to open it.
         target: how messages name the sidecar.
+        timeout_s: longest wait for the sidecar to accept it.
         ended: called once nothing more will come.
+
+    Raises:
+        ServiceError: the sidecar refuses it, or does not answer in time.
     """
 
-    def __init__(self, stub: Any, target: str, ended: Callable[[], None]) -> None:
+    def __init__(self, stub: Any, target: str, timeout_s: float, ended: Callable[[], None]) -> None:
         self._target = target
         self._on_end = ended
+        self._answered = threading.Event()
         self._lock = threading.Lock()
         self._pending: dict[int, Pending] = {}
         self._last_id = 0
@@ -73,6 +78,10 @@ class LookupStream:
         self._call = stub.Lookup(iter(self._requests.get, None))
         self.boot_id = ""
         threading.Thread(target=self._receive, name="engram-lookup", daemon=True).start()
+        if not self._answered.wait(timeout_s):
+            self.close()
+        if self._ended is not None:
+            raise _copy(self._ended)
 
     @property
     def usable(self) -> bool:
@@ -83,11 +92,11 @@ class LookupStream:
         """Send `request` under an id of its own.
 
         Raises:
-            StreamLostError: the stream has ended.
+            ServiceError: the stream has ended.
         """
         with self._lock:
             if self._ended is not None:
-                raise StreamLostError(str(self._ended))
+                raise _copy(self._ended)
             self._last_id += 1
             pending = Pending(self._last_id, time.monotonic() + timeout_s)
             self._pending[self._last_id] = pending
@@ -106,23 +115,28 @@ class LookupStream:
         self._call.cancel()
 
     def _receive(self) -> None:
+        reason: EngramError
         try:
+            self._call.initial_metadata()
+            self._answered.set()
             for reply in self._call:
                 self._deliver(reply)
-            self._lose(f"the sidecar at {self._target} ended the connection; try again")
+            reason = StreamLostError(f"the sidecar at {self._target} ended the connection")
         except grpc.RpcError as error:
-            status, details = error.code(), error.details() or "no details"
-            self._lose(str(error_of_status(status, details, self._target)))
+            reason = error_of_call(error, self._target)
+            if isinstance(reason, UnavailableError):
+                reason = StreamLostError(str(reason))
         except Exception as error:
-            self._lose(f"the stream to {self._target} failed: {type(error).__name__}: {error}")
-        finally:
-            self._on_end()
+            reason = ServiceError(f"the stream to {self._target} broke: {error!r}; connect again")
+        self._end(reason)
+        self._answered.set()
+        self._on_end()
 
     def _deliver(self, reply: pb.LookupResponse) -> None:
         if reply.draining:
             # What was sent is still answered; half-closing says that nothing follows.
             with self._lock:
-                self._ended = UnavailableError(f"the sidecar at {self._target} is shutting down")
+                self._ended = StreamLostError(f"the sidecar at {self._target} is shutting down")
                 self._requests.put(None)
             return
         self.boot_id = reply.boot_id
@@ -133,13 +147,15 @@ class LookupStream:
         if pending is not None:
             pending.arrived.put(reply)
 
-    def _lose(self, reason: str) -> None:
-        self._end(StreamLostError(reason))
-
     def _end(self, reason: EngramError) -> None:
         with self._lock:
             self._ended = self._ended or reason
             pending, self._pending = self._pending, {}
             self._requests.put(None)
         for each in pending.values():
-            each.arrived.put(reason)
+            each.arrived.put(_copy(reason))
+
+
+def _copy(error: EngramError) -> EngramError:
+    """Another instance for another thread to raise."""
+    return type(error)(str(error))

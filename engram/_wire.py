@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 import numpy as np
@@ -24,6 +24,8 @@ from engram.proto.v1 import engram_pb2 as pb
 from engram.rows import Bytes, Rows
 from engram.tiers import Int32s, Int64s, Ngrams
 
+ERROR_CODE_KEY = "engram-error-code"
+"""Trailing metadata of a call that engram itself refused: the `ErrorCode` as a number."""
 FAILED_ROWS_MAX = 64
 """Failed rows listed per layer, as `RowIntegrityError` keeps them."""
 
@@ -73,25 +75,30 @@ def fault_of(error: Exception) -> Fault:
     return next((fault for fault in FAULTS if isinstance(error, fault.kind)), FAULTS[-1])
 
 
-def error_of(code: pb.ErrorCode, message: str) -> EngramError:
+def error_of(code: int, message: str) -> EngramError:
     """The error that came as `code`."""
     return next((f for f in FAULTS if f.code == code), FAULTS[-1]).rebuild(message)
 
 
-def error_of_status(status: grpc.StatusCode, details: str, target: str) -> EngramError:
-    """The error behind a call to `target` that ended with `status`."""
+def error_of_call(error: Any, target: str) -> EngramError:
+    """The error behind a gRPC call to `target` that ended with the RpcError `error`."""
+    status, details = error.code(), error.details() or "no details"
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_CODE_KEY and value.isdecimal():
+            return error_of(int(value), details)
+    # From here on it was gRPC that failed, or something that is not engram.
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return UnavailableError(f"what answers at {target} is not engram; check the address")
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(f"the sidecar at {target} did not answer in time; is it stopped?")
     if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        reason = details.rsplit("error: ")[-1]
         return UnavailableError(
-            f"the sidecar at {target} cannot be reached ({details}); is 'engram serve' running?"
+            f"the sidecar at {target} cannot be reached ({reason}); is 'engram serve' running?"
         )
-    fault = next((fault for fault in FAULTS if fault.status is status), None)
-    if fault is None:
-        return ServiceError(f"the sidecar at {target} failed with {status.name}: {details}")
-    return fault.rebuild(details)
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return OverloadError(f"the sidecar at {target} has no room ({details}); try again later")
+    return ServiceError(f"the sidecar at {target} failed with {status.name}: {details}")
 
 
 def failed_rows(failures: Mapping[int, Sequence[int]]) -> list[pb.FailedRows]:

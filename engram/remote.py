@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import grpc
 import numpy as np
 
-from engram._channel import Tls, open_channel
+from engram._channel import Tls, open_channel, require_own_grpc
 from engram._stream import LookupStream, Pending, StreamLostError
-from engram._wire import error_of_status, merge_failures, pack_ngrams, scatter_rows
+from engram._wire import error_of_call, merge_failures, pack_ngrams, scatter_rows
 from engram.errors import (
     RowIntegrityError,
     ServiceError,
@@ -51,15 +51,15 @@ class _Connection:
     def __init__(self, target: str, name: str | None, tls: Tls, timeout_s: float) -> None:
         self.target = target
         self.timeout_s = timeout_s
+        self.owner = require_own_grpc()
         self.channel = open_channel(target, tls)
         self.stub: Any = EngramStub(self.channel)  # type: ignore[no-untyped-call]
         try:
             self.table = self._describe(name)
-            self.stream = LookupStream(self.stub, target, self.channel.close)
+            self.stream = LookupStream(self.stub, target, timeout_s, self.channel.close)
         except BaseException:
             self.channel.close()
             raise
-        self.owner = os.getpid()
 
     def _describe(self, name: str | None) -> pb.GetTableResponse:
         try:
@@ -69,9 +69,7 @@ class _Connection:
                 pb.GetTableRequest(name=name), timeout=self.timeout_s
             )
         except grpc.RpcError as error:
-            raise error_of_status(
-                error.code(), error.details() or "no details", self.target
-            ) from None
+            raise error_of_call(error, self.target) from None
         return described
 
     def _only_table(self) -> str:
@@ -107,14 +105,11 @@ class _Link:
             UnavailableError: there is none, or this process is a fork of the one that connected.
             SpecMismatchError: the sidecar now serves another table under the name.
         """
+        # Before the lock: a thread that the child does not have may hold it.
+        require_own_grpc()
         with self.lock:
             if self.closed:
                 raise UnavailableError("the table is closed; connect again")
-            if self.now.owner != os.getpid():
-                raise UnavailableError(
-                    "gRPC does not survive a fork; call engram.connect in the child process, "
-                    "or start it with the 'spawn' method"
-                )
             if self.now.stream.usable:
                 return self.now
             before = self.now
@@ -266,6 +261,7 @@ class RemoteTier(Tier):
         )
 
     def prefetch(self, ngrams: Ngrams) -> None:
+        require_own_grpc()
         try:
             connection = self._link.connection()
         except ServiceError:

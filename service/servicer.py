@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from engram._wire import failed_rows, fault_of, merge_failures
+from engram._wire import ERROR_CODE_KEY, failed_rows, fault_of, merge_failures
 from engram.errors import (
     EngramError,
     OverloadError,
@@ -109,6 +109,8 @@ class Servicer(EngramServicer):
         try:
             # Also wakes workers that wait for room in the queue of a client that is gone.
             context.add_callback(stream.close)
+            # Tells the client that its stream was accepted.
+            context.send_initial_metadata(())
             yield from stream.replies()
         finally:
             with self._lock:
@@ -216,5 +218,7 @@ def _read(piece: Piece, out: Rows, places: Int64s, failures: dict[int, list[int]
 
 
 def _abort(context: Any, error: EngramError) -> NoReturn:
-    context.abort(fault_of(error).status, str(error))
+    fault = fault_of(error)
+    context.set_trailing_metadata(((ERROR_CODE_KEY, str(int(fault.code))),))
+    context.abort(fault.status, str(error))
     raise AssertionError("abort raises")
