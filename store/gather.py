@@ -50,6 +50,7 @@ GUARD_LOST = -(1 << 62)
 """Result of `gather` if the SIGBUS guard was replaced: nothing was done."""
 
 _ABSENT = 5
+_CACHED, _WAITING = np.int64(0), np.int64(1)
 _EINTR = 4
 _RWF_NOWAIT = 8
 _WILLNEED = 3
@@ -186,12 +187,12 @@ def _read_waiting(source, count, offset):  # type: ignore[no-untyped-def]  # noq
 
 
 @kernel
-def _read_row(table, source, request, i, wait):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _read_row(table, source, request, i, way):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     extent, offset, check = locate(table, _layer(request, i), load_int64(request.row_ids, i))
     if load_u8(table.refused + extent):
         return REFUSED
     count = check + CHECK_BYTES
-    if wait:
+    if way == _WAITING:
         fate = _read_waiting(source, count, offset)
     else:
         fate = _read_cached(source, count, offset)
@@ -211,7 +212,7 @@ def _pipe(table, source, request, i, calm, calm_enough):  # type: ignore[no-unty
     pending = source.scratch + _PENDING
     head = tail = 0
     while i < request.rows and calm < calm_enough:
-        fate = _read_row(table, source, request, i, False)
+        fate = _read_row(table, source, request, i, _CACHED)
         calm += 1
         if fate != _ABSENT:
             _set_fate(request, i, fate)
@@ -219,14 +220,14 @@ def _pipe(table, source, request, i, calm, calm_enough):  # type: ignore[no-unty
             calm = 0
             if tail - head == DEPTH:
                 late = load_int64(pending, head % DEPTH)
-                _set_fate(request, late, _read_row(table, source, request, late, True))
+                _set_fate(request, late, _read_row(table, source, request, late, _WAITING))
                 head += 1
             store_u64(pending + (tail % DEPTH) * 8, np.uint64(i))
             tail += 1
         i += 1
     while head < tail:
         late = load_int64(pending, head % DEPTH)
-        _set_fate(request, late, _read_row(table, source, request, late, True))
+        _set_fate(request, late, _read_row(table, source, request, late, _WAITING))
         head += 1
     return i, calm
 
@@ -335,17 +336,18 @@ def gather(
         return -1 - outside
     if base and not _guarded(source, handler):
         return GUARD_LOST
-    i = 0
+    # Numbers of one type: every other would make numba compile what it is passed to once more.
+    i, calm = np.int64(0), np.int64(calm)
+    enough = np.int64(CALM_ROWS)
+    if base == 0:
+        calm, enough = np.int64(0), np.int64(request.rows + 1)
     while i < request.rows:
-        if base == 0:
-            i, _ = _pipe(table, source, request, i, 0, request.rows + 1)
-        elif calm < CALM_ROWS:
-            i, calm = _pipe(table, source, request, i, calm, CALM_ROWS)
+        if calm < enough:
+            i, calm = _pipe(table, source, request, i, calm, enough)
         else:
             i, slow = _copy(table, source, request, i)
-            if slow:
-                calm = 0
-    return calm
+            calm = np.int64(0) if slow else calm
+    return min(calm, np.int64(CALM_ROWS))
 
 
 @kernel
@@ -358,7 +360,7 @@ def touch(geometry, descriptor, layers, row_ids):  # type: ignore[no-untyped-def
     request = _Request(
         np.int64(layers.ctypes.data), np.int64(row_ids.ctypes.data), 0, 0, 0, 0, len(row_ids)
     )
-    outside = _find_outside(table, request, 0)
+    outside = _find_outside(table, request, np.int64(0))
     if outside >= 0:
         return -1 - outside
     for i in range(request.rows):
