@@ -1,11 +1,13 @@
-"""Seeing written extents to the device and reading them back from there, behind the writer.
+"""Reading written extents back and seeing them to the device, behind the writer.
 
-An extent is pushed to the device as soon as it is written. When more have followed, it is waited
-for, dropped from the page cache, and read back by another process: so what is verified comes from
-the device wherever the file system drops clean pages on request. Dropping it also leaves the cache
-to those who need it.
+Another process reads an extent back as soon as it is written, while its pages are in the page
+cache. Meanwhile the device writes; when it is done the pages are dropped, so that an import leaves
+the cache to those who need it, and the final sync has little left to do.
 
-A push is no promise: that everything is durable is for the final sync to say.
+**What reading back proves.** That the file holds what was meant, by code that shares no memory
+with the writer: LMDB put every value whole where its tree says, and no buffer was used again too
+early. It does not prove the medium: that is for the device's answer to the sync and, ever after,
+for the check that each row is read with.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from engram.errors import CorruptTableError
 from engram.store.layout import PAGE_BYTES
 from engram.store.readback import Readback
 
-_BEHIND_MAX = 3
-"""Extents that may be written and not yet pushed."""
+_BEHIND_MAX = 4
+"""Extents that may be written and not yet read back."""
 _PUSHED_BYTES_MAX = 64 << 20
 """Bytes that may be on their way to the device: enough that waiting for them does not idle it."""
 
@@ -77,13 +79,12 @@ class Follower:
         bytes_max = 0
         if written is not None:
             self._write_back(written, _WRITE)
+            self._verify(written)
             self._pushed.append(written)
             bytes_max = _PUSHED_BYTES_MAX
         while sum(each.pages for each in self._pushed) * PAGE_BYTES > bytes_max:
             oldest = self._pushed.popleft()
             self._write_back(oldest, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
-            self._drop(oldest)
-            self._verify(oldest)
             self._drop(oldest)
 
     def _verify(self, written: Written) -> None:

@@ -20,8 +20,10 @@ PAGE_BYTES = 4096
 PAGE_HEADER_BYTES = 16
 BLOCK_BYTES = PAGE_BYTES - PAGE_HEADER_BYTES
 CHECK_BYTES = 4
-EXTENT_BLOCKS = 16384
-"""Blocks of a full extent: 64 MiB."""
+EXTENT_BLOCKS = 7168
+"""Blocks of a full extent: 28 MiB. LMDB allocates an extent's pages in one piece while it writes
+them, and glibc keeps pieces of less than 32 MiB for the next one; larger ones are returned to the
+system and zeroed anew each time, which doubles the cost of writing."""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_rows_that_no_block_holds(tmp_path, row_bytes):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("extent_blocks", [1, 16, 16384])
+@pytest.mark.parametrize("extent_blocks", [1, 16, 7168])
 def test_what_is_on_disk(tmp_path, extent_blocks):
     path = tmp_path / "table"
     source = array_source()
@@ -471,7 +471,7 @@ def test_memory_stays_bounded(tmp_path):
     assert own_kib < 512 << 10
     assert reading_kib < 512 << 10
     manifest, _ = read_manifest(tmp_path / "table")
-    assert len(manifest.extents) == 10
+    assert len(manifest.extents) == 20
     path = tmp_path / "table" / "data.mdb"
     assert path.stat().st_size > 512 << 20
     path.unlink()
