@@ -123,8 +123,14 @@ def require_own_grpc() -> int:
     return process
 
 
+def absolute_target(target: str) -> str:
+    """`target` with the path of a Unix socket made absolute, so that it outlives a chdir."""
+    path = target.removeprefix("unix:")
+    return f"unix:{os.path.abspath(path)}" if path and path != target else target
+
+
 def open_channel(target: str, tls: Tls) -> Any:
-    """Channel to `unix:PATH`, `HOST:PORT` or `dns:///HOST:PORT`; connects when first used.
+    """Channel to an absolute `unix:PATH`, to `HOST:PORT` or `dns:///HOST:PORT`; connects late.
 
     Raises:
         ConfigError: a target of another form, or TLS files for one that needs none or cannot be
@@ -134,11 +140,11 @@ def open_channel(target: str, tls: Tls) -> Any:
         path = target.removeprefix("unix:")
         if tls:
             raise ConfigError("a Unix socket needs no TLS; leave the certificates out")
-        if not path or len(os.fsencode(os.path.abspath(path))) > SOCKET_PATH_BYTES_MAX:
+        if not path or len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
             raise ConfigError(
                 f"{target}: a socket path has 1 to {SOCKET_PATH_BYTES_MAX} bytes; use a shorter one"
             )
-        return grpc.insecure_channel(f"unix:{os.path.abspath(path)}", options=_OPTIONS)
+        return grpc.insecure_channel(target, options=_OPTIONS)
     address = target.removeprefix("dns:///")
     if "/" in address:
         raise ConfigError(

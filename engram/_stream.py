@@ -79,7 +79,8 @@ class LookupStream:
         self.boot_id = ""
         threading.Thread(target=self._receive, name="engram-lookup", daemon=True).start()
         if not self._answered.wait(timeout_s):
-            self.close()
+            self._end(UnavailableError(f"{target} did not answer in time; is it stopped?"))
+            self._call.cancel()
         if self._ended is not None:
             raise _copy(self._ended)
 

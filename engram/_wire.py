@@ -110,10 +110,10 @@ def failed_rows(failures: Mapping[int, Sequence[int]]) -> list[pb.FailedRows]:
 
 
 def merge_failures(into: dict[int, list[int]], failures: Mapping[int, Sequence[int]]) -> None:
-    """Add `failures` to `into`, keeping `FAILED_ROWS_MAX` rows per layer."""
+    """Add `failures` to `into`, each row once, keeping `FAILED_ROWS_MAX` rows per layer."""
     for layer, rows in failures.items():
-        kept = into.setdefault(layer, [])
-        kept.extend(rows[: FAILED_ROWS_MAX - len(kept)])
+        kept = into.get(layer, [])
+        into[layer] = list(dict.fromkeys([*kept, *rows]))[:FAILED_ROWS_MAX]
 
 
 def pack_ngrams(ngrams: Ngrams) -> pb.Ngrams:

@@ -12,18 +12,16 @@ from typing import Any, NoReturn
 import grpc
 import numpy as np
 
-from engram._channel import Tls, open_channel, require_own_grpc
-from engram._stream import LookupStream, Pending, StreamLostError
-from engram._wire import error_of_call, merge_failures, pack_ngrams, scatter_rows
+from engram._channel import Tls, require_own_grpc
+from engram._link import Connection, Link
+from engram._stream import Pending, StreamLostError
+from engram._wire import merge_failures, pack_ngrams, scatter_rows
 from engram.errors import (
     RowIntegrityError,
     ServiceError,
     SpecMismatchError,
-    UnavailableError,
-    UnknownTableError,
 )
 from engram.proto.v1 import engram_pb2 as pb
-from engram.proto.v1.engram_pb2_grpc import EngramStub
 from engram.rows import RowFormat, Rows
 from engram.spec import NgramSpec
 from engram.store.checks import digest
@@ -45,91 +43,6 @@ class _Part:
     rows: int
 
 
-class _Connection:
-    """A channel, what the sidecar said about the table, and the Lookup stream on it."""
-
-    def __init__(self, target: str, name: str | None, tls: Tls, timeout_s: float) -> None:
-        self.target = target
-        self.timeout_s = timeout_s
-        self.owner = require_own_grpc()
-        self.channel = open_channel(target, tls)
-        self.stub: Any = EngramStub(self.channel)  # type: ignore[no-untyped-call]
-        try:
-            self.table = self._describe(name)
-            self.stream = LookupStream(self.stub, target, timeout_s, self.channel.close)
-        except BaseException:
-            self.channel.close()
-            raise
-
-    def _describe(self, name: str | None) -> pb.GetTableResponse:
-        try:
-            if name is None:
-                name = self._only_table()
-            described: pb.GetTableResponse = self.stub.GetTable(
-                pb.GetTableRequest(name=name), timeout=self.timeout_s
-            )
-        except grpc.RpcError as error:
-            raise error_of_call(error, self.target) from None
-        return described
-
-    def _only_table(self) -> str:
-        listed = self.stub.ListTables(pb.ListTablesRequest(), timeout=self.timeout_s)
-        names: list[str] = [table.name for table in listed.tables]
-        if len(names) != 1:
-            raise UnknownTableError(
-                f"the sidecar at {self.target} serves {len(names)} tables; "
-                f"name one of: {', '.join(names)}"
-            )
-        return names[0]
-
-    def close(self) -> None:
-        # A forked child has none of gRPC's threads; closing there could wait for ever.
-        if self.owner == os.getpid():
-            self.stream.close()
-
-
-class _Link:
-    """The connection in use, renewed after it broke; what outlives a lost sidecar."""
-
-    def __init__(self, connection: _Connection, tls: Tls) -> None:
-        self.now = connection
-        self.tls = tls
-        self.lock = threading.Lock()
-        self.reconnects = 0
-        self.closed = False
-
-    def connection(self) -> _Connection:
-        """A usable connection to the same table.
-
-        Raises:
-            UnavailableError: there is none, or this process is a fork of the one that connected.
-            SpecMismatchError: the sidecar now serves another table under the name.
-        """
-        # Before the lock: a thread that the child does not have may hold it.
-        require_own_grpc()
-        with self.lock:
-            if self.closed:
-                raise UnavailableError("the table is closed; connect again")
-            if self.now.stream.usable:
-                return self.now
-            before = self.now
-            fresh = _Connection(before.target, before.table.name, self.tls, before.timeout_s)
-            if fresh.table.fingerprint != before.table.fingerprint:
-                fresh.close()
-                raise SpecMismatchError(
-                    f"{before.table.name} at {before.target} is now another table (fingerprint "
-                    f"{fresh.table.fingerprint}, was {before.table.fingerprint}); connect again",
-                    "fingerprint",
-                )
-            self.now = fresh
-            self.reconnects += 1
-        return fresh
-
-    def close(self) -> None:
-        self.closed = True
-        self.now.close()
-
-
 class RemoteTier(Tier):
     """Asks a sidecar for rows. See `connect` for the arguments and errors.
 
@@ -146,7 +59,7 @@ class RemoteTier(Tier):
         tls: Tls | None = None,
     ) -> None:
         tls = tls or Tls()
-        connection = _Connection(target, name, tls, timeout_s)
+        connection = Connection(target, name, tls, timeout_s)
         try:
             table = connection.table
             self.name = table.name
@@ -156,9 +69,9 @@ class RemoteTier(Tier):
         except BaseException:
             connection.close()
             raise
-        self._target = target
+        self._target = connection.target
         self._timeout_s = timeout_s
-        self._link = _Link(connection, tls)
+        self._link = Link(connection, tls)
         self._lock = threading.Lock()
         self._prefetching = 0
         self._counters = dict.fromkeys(
@@ -210,7 +123,7 @@ class RemoteTier(Tier):
             raise RowIntegrityError.of({**failures}, self.name)
 
     def _exchange(
-        self, connection: _Connection, parts: Iterable[_Part], out: Rows, places: Int64s
+        self, connection: Connection, parts: Iterable[_Part], out: Rows, places: Int64s
     ) -> dict[int, list[int]]:
         """Send every part, a few at a time; the failed rows by model layer."""
         stream = connection.stream
@@ -277,7 +190,7 @@ class RemoteTier(Tier):
                 self._send_prefetch(connection, _slice(ngrams, at, at + step))
         return None
 
-    def _send_prefetch(self, connection: _Connection, ngrams: Ngrams) -> None:
+    def _send_prefetch(self, connection: Connection, ngrams: Ngrams) -> None:
         request = pb.PrefetchRequest(
             table=self.name, fingerprint=self.fingerprint, ngrams=pack_ngrams(ngrams)
         )
