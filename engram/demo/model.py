@@ -94,6 +94,7 @@ def compare(checkpoint: Path, table: Table) -> Comparison:
 
     from engram.integrations.transformers import offload
 
+    torch.set_num_threads(1)  # a model this small only waits for more
     resident = Qwen4ExpForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     other = Qwen4ExpForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     freed = sum(

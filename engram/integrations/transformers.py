@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
+
+if find_spec("transformers") is None:
+    raise ModuleNotFoundError(
+        "this module needs transformers: pip install 'engram-offload[transformers]'"
+    )
 
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.qwen4_exp import modeling_qwen4_exp as qwen4_exp

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+if find_spec("torch") is None:
+    raise ModuleNotFoundError("engram.nn needs PyTorch: pip install 'engram-offload[torch]'")
+
 from engram.nn._dequantize import dequantize
 from engram.nn._fusion import DeepSeekDemoFusion, DeepSeekV41Fusion
 from engram.nn._lookup import EngramEmbedding, EngramLookup, LayerRows
