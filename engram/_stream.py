@@ -122,7 +122,7 @@ class LookupStream:
             self._answered.set()
             for reply in self._call:
                 self._deliver(reply)
-            reason = StreamLostError(f"the sidecar at {self._target} ended the connection")
+            reason = StreamLostError(f"the sidecar at {self._target} ended the connection; retry")
         except grpc.RpcError as error:
             reason = error_of_call(error, self._target)
             if isinstance(reason, UnavailableError):
@@ -137,7 +137,7 @@ class LookupStream:
         if reply.draining:
             # What was sent is still answered; half-closing says that nothing follows.
             with self._lock:
-                self._ended = StreamLostError(f"the sidecar at {self._target} is shutting down")
+                self._ended = StreamLostError(f"the sidecar at {self._target} is stopping; retry")
                 self._requests.put(None)
             return
         self.boot_id = reply.boot_id
