@@ -17,6 +17,7 @@ from engram.rows import Bytes, RowFormat
 from engram.spec.families import family
 from engram.ssd import schema_of
 from engram.store.manifest import Schema
+from engram.store.pack import join_rows
 from engram.store.safetensors import Tensor, find_tensors, read_tensor
 
 if TYPE_CHECKING:
@@ -117,8 +118,7 @@ class CheckpointSource:
         scales = np.empty((len(out), scale_bytes), np.uint8)
         read_tensor(shard.values, first * value_bytes, values, streaming=True)
         read_tensor(shard.scales, first * scale_bytes, scales, streaming=True)
-        out[:, :value_bytes] = values
-        out[:, value_bytes:] = scales
+        join_rows(values, scales, out)
 
 
 def _parts(shard: Shard) -> list[Tensor]:

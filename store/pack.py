@@ -70,6 +70,14 @@ def _unpack(source, source_end, rows, row_bytes, per_block, seed, layer, first_r
     return ALL_SOUND
 
 
+@kernel
+def _join(values, value_bytes, scales, scale_bytes, rows, target):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    for row in range(rows):
+        copy_bytes(target, values + row * value_bytes, value_bytes)
+        copy_bytes(target + value_bytes, scales + row * scale_bytes, scale_bytes)
+        target += value_bytes + scale_bytes
+
+
 def span_bytes(layout: BlockLayout, rows: int) -> int:
     """Bytes of the span of `rows` rows up to the end of its last block's page."""
     return layout.blocks(rows) * PAGE_BYTES
@@ -143,6 +151,27 @@ def unpack_rows(
             rows.ctypes.data,
         )
     )
+
+
+def join_rows(values: Bytes, scales: Bytes, rows: Bytes) -> None:
+    """Put each row's values and scales side by side.
+
+    Args:
+        values: uint8 `[n, value_bytes]`.
+        scales: uint8 `[n, scale_bytes]`.
+        rows: uint8 `[n, value_bytes + scale_bytes]`, overwritten.
+
+    Raises:
+        StoreError: arrays that do not fit each other.
+    """
+    shapes = [array.shape for array in (values, scales, rows)]
+    widths = [shape[-1] for shape in shapes]
+    if {shape[:-1] for shape in shapes} != {(len(rows),)} or widths[0] + widths[1] != widths[2]:
+        raise StoreError(f"values, scales and rows of shapes {shapes} do not fit each other")
+    for array in (values, scales, rows):
+        if array.dtype != np.uint8 or not array.flags.c_contiguous:
+            raise StoreError("values, scales and rows must be C-contiguous uint8")
+    _join(values.ctypes.data, widths[0], scales.ctypes.data, widths[1], len(rows), rows.ctypes.data)
 
 
 def pack_rows_twin(
