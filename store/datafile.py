@@ -1,9 +1,9 @@
-"""Opening a table's data file: everything is proven by plain reads before LMDB may look at it.
+"""Opening a table's data file: everything is proven by plain reads.
 
-LMDB follows the numbers in its pages blindly, so one flipped bit there can end the process. Hence
-the order: `table.json` (digested), file size, digest of all pages without rows, place of every
-value in the tree; only then does LMDB hand out the two small values, and is closed again. Rows
-are read by their offsets, without LMDB.
+LMDB follows the numbers in its pages blindly, so one flipped bit there can end the process, and
+it allows a file to be open once in a process only. So it writes tables, but does not read them:
+`table.json` (digested) says what size, which pages without rows (digested) and which place of
+every value to expect; then the two small values are read, and rows by their offsets.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import errno
 import json
 import os
 import stat
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -36,7 +34,6 @@ from engram.store.tree import PlacedValue, placed_values, read_meta
 
 _META_PAGES = 2
 _PIECE_BYTES = 1 << 20
-_lmdb_lock = threading.Lock()
 
 
 def open_file(directory: Path) -> int:
@@ -167,15 +164,20 @@ def check_structure(descriptor: int, manifest: Manifest, physical: Physical) -> 
     check_token_map(descriptor, manifest, physical)
     if tree_digest(descriptor, size, spans(manifest, physical)) != physical.tree_digest:
         raise CorruptTableError("LMDB's own pages are damaged; import the table again")
-    meta = read_meta(descriptor)
-    if (meta.last_page + 1) * PAGE_BYTES > size:
+    try:
+        meta = read_meta(descriptor)
+        if (meta.last_page + 1) * PAGE_BYTES > size:
+            raise CorruptTableError(
+                f"LMDB uses {meta.last_page + 1} pages, the data file has {size // PAGE_BYTES}; "
+                "import the table again"
+            )
+        for page in physical.extent_pages:
+            os.posix_fadvise(descriptor, page * PAGE_BYTES, 1, os.POSIX_FADV_WILLNEED)
+        _compare_tree(list(placed_values(descriptor, meta)), manifest, physical)
+    except OSError as error:
         raise CorruptTableError(
-            f"LMDB uses {meta.last_page + 1} pages, the data file has {size // PAGE_BYTES}; "
-            "import the table again"
-        )
-    for page in physical.extent_pages:
-        os.posix_fadvise(descriptor, page * PAGE_BYTES, 1, os.POSIX_FADV_WILLNEED)
-    _compare_tree(list(placed_values(descriptor, meta)), manifest, physical)
+            f"the data file cannot be read: I/O error ({error.strerror}); check the device"
+        ) from None
 
 
 def _compare_tree(found: list[PlacedValue], manifest: Manifest, physical: Physical) -> None:
@@ -213,16 +215,20 @@ def check_token_map(descriptor: int, manifest: Manifest, physical: Physical) -> 
 def read_embedded(
     descriptor: int, manifest: Manifest, physical: Physical
 ) -> npt.NDArray[np.int32] | None:
-    """Compare the manifest inside the environment and return the token map, if there is one.
+    """Compare the manifest in the data file and return the token map, if there is one.
 
-    The caller has called `check_structure`. Nothing of LMDB is left open.
+    The caller has called `check_structure`.
 
     Raises:
-        CorruptTableError: LMDB refuses the file, or one of the two values is damaged.
+        CorruptTableError: one of the two values is damaged.
     """
-    embedded, token_map = _lmdb_values(descriptor, physical.file_bytes)
+    values = {
+        value.key: read_at(descriptor, value.length, value.start)
+        for value in placed_values(descriptor, read_meta(descriptor))
+        if value.key in (MANIFEST_KEY, TOKEN_MAP_KEY)
+    }
     try:
-        same = json.loads(embedded) == json.loads(json.dumps(manifest.to_dict()))
+        same = json.loads(values[MANIFEST_KEY]) == json.loads(json.dumps(manifest.to_dict()))
     except ValueError:
         same = False
     if not same:
@@ -231,37 +237,7 @@ def read_embedded(
         )
     if manifest.token_map_digest is None:
         return None
+    token_map = values[TOKEN_MAP_KEY]
     if digest(token_map) != manifest.token_map_digest or len(token_map) % 4:
         raise CorruptTableError("the token map is damaged; import the table again")
     return np.frombuffer(token_map, np.dtype("<i4"))
-
-
-def _lmdb_values(descriptor: int, file_bytes: int) -> tuple[bytes, bytes]:
-    """The values under `MANIFEST_KEY` and `TOKEN_MAP_KEY`, empty where there is none.
-
-    LMDB opens the file by its descriptor: the very file that was proven, under a name that
-    differs for each opening, since py-lmdb refuses one it has open already.
-    """
-    with _lmdb_lock:
-        try:
-            environment = lmdb.open(
-                f"/proc/self/fd/{descriptor}",
-                map_size=file_bytes,
-                subdir=False,
-                readonly=True,
-                lock=False,
-                readahead=False,
-                create=False,
-            )
-            try:
-                with environment.begin() as transaction:
-                    return (
-                        transaction.get(MANIFEST_KEY, b""),
-                        transaction.get(TOKEN_MAP_KEY, b""),
-                    )
-            finally:
-                environment.close()
-        except lmdb.Error as error:
-            raise CorruptTableError(
-                f"LMDB refuses the data file ({error}); import the table again"
-            ) from None

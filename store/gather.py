@@ -15,6 +15,7 @@ Two ways to read it:
 
 from __future__ import annotations
 
+import signal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ _CACHED, _WAITING = np.int64(0), np.int64(1)
 _EINTR = 4
 _RWF_NOWAIT = 8
 _WILLNEED = 3
-_SIGBUS = 7
+_SIGBUS = int(signal.SIGBUS)
 _CLOCK_MONOTONIC = 1
 
 # The kernel's own memory, on its stack: a row, its check, two words for the system, the group's

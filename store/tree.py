@@ -37,11 +37,13 @@ class PlacedValue:
     Attributes:
         page: first of its own pages, or None where it lies within a leaf.
         length: bytes.
+        start: byte of the file where it begins.
     """
 
     key: bytes
     page: int | None
     length: int
+    start: int
 
     @property
     def pages(self) -> int:
@@ -123,10 +125,11 @@ def _below(descriptor: int, number: int, nodes: slice, depth: int) -> Iterator[P
         key = page[key_start : key_start + key_bytes]
         length = low | high << 16
         if not node_flags & _BIG_DATA:
-            yield PlacedValue(key, None, length)
+            yield PlacedValue(key, None, length, number * PAGE_BYTES + key_start + key_bytes)
             continue
         (first_page,) = _POINTER.unpack_from(page, key_start + key_bytes)
-        value = PlacedValue(key, first_page, length)
+        start = first_page * PAGE_BYTES + PAGE_HEADER_BYTES
+        value = PlacedValue(key, first_page, length, start)
         _check_header(descriptor, value)
         yield value
 
