@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -101,19 +101,41 @@ def error_of_call(error: Any, target: str) -> EngramError:
     return ServiceError(f"the sidecar at {target} failed with {status.name}: {details}")
 
 
-def failed_rows(failures: Mapping[int, Sequence[int]]) -> list[pb.FailedRows]:
-    """Failed rows by model layer, as messages."""
-    return [
-        pb.FailedRows(layer=layer, row_ids=list(rows)[:FAILED_ROWS_MAX])
-        for layer, rows in failures.items()
-    ]
+class Failures:
+    """Failed rows of a lookup, gathered from its parts.
 
+    Attributes:
+        rows: row ids by model layer, each once, at most `FAILED_ROWS_MAX` a layer.
+    """
 
-def merge_failures(into: dict[int, list[int]], failures: Mapping[int, Sequence[int]]) -> None:
-    """Add `failures` to `into`, each row once, keeping `FAILED_ROWS_MAX` rows per layer."""
-    for layer, rows in failures.items():
-        kept = into.get(layer, [])
-        into[layer] = list(dict.fromkeys([*kept, *rows]))[:FAILED_ROWS_MAX]
+    def __init__(self) -> None:
+        self.rows: dict[int, Sequence[int]] = {}
+        self._causes: dict[str, None] = {}
+
+    def add(self, rows: Mapping[int, Sequence[int]], cause: str) -> None:
+        """Add rows by model layer, and why they failed."""
+        for layer, failed in rows.items():
+            known = self.rows.get(layer, ())
+            self.rows[layer] = list(dict.fromkeys([*known, *failed]))[:FAILED_ROWS_MAX]
+        if cause:
+            self._causes[cause] = None
+
+    @property
+    def cause(self) -> str:
+        """All causes, in words."""
+        return ", ".join(self._causes)
+
+    def pack(self) -> list[pb.FailedRows]:
+        """As messages; the inverse of `unpack`."""
+        return [
+            pb.FailedRows(layer=layer, row_ids=rows, cause=self.cause)
+            for layer, rows in self.rows.items()
+        ]
+
+    def unpack(self, packed: Iterable[pb.FailedRows]) -> None:
+        """Add what messages say."""
+        for each in packed:
+            self.add({each.layer: each.row_ids}, each.cause)
 
 
 def pack_ngrams(ngrams: Ngrams) -> pb.Ngrams:

@@ -79,12 +79,13 @@ class RowIntegrityError(EngramError):
 
     `layer` is the model's layer index of the first failed row, `row_ids` the failed row ids of
     that layer (at most 64 are kept), `failures` all of them as `{layer: row_ids}` within the same
-    bound. Rows that are not named are valid in the caller's output; the failed ones are
-    unspecified.
+    bound, `cause` why, if that is known. Rows that are not named are valid in the caller's output;
+    the failed ones are unspecified.
     """
 
-    def __init__(self, message: str, failures: dict[int, Sequence[int]]) -> None:
+    def __init__(self, message: str, failures: dict[int, Sequence[int]], cause: str = "") -> None:
         super().__init__(message)
+        self.cause = cause
         self.failures = {layer: tuple(int(row) for row in rows) for layer, rows in failures.items()}
         self.layer, self.row_ids = next(iter(self.failures.items()))
 
@@ -102,6 +103,7 @@ class RowIntegrityError(EngramError):
             f"{table}: rows could not be read intact ({named}{': ' if cause else ''}{cause}); "
             f"run 'engram verify {table}' and import the table again if it lists damage",
             {layer: rows[:64] for layer, rows in failures.items()},
+            cause,
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from engram._channel import Tls, require_own_grpc
 from engram._link import Connection, Link
 from engram._stream import Pending, StreamLostError
-from engram._wire import merge_failures, pack_ngrams, scatter_rows
+from engram._wire import Failures, pack_ngrams, scatter_rows
 from engram.errors import (
     RowIntegrityError,
     ServiceError,
@@ -118,16 +118,16 @@ class RemoteTier(Tier):
             # Rows are immutable, so asking again is safe; a sidecar that restarted answers.
             connection = self._link.connection()
             failures = self._exchange(connection, parts(connection.table.limits), out, places)
-        self._count(rows_read=len(places), rows_failed=sum(map(len, failures.values())))
-        if failures:
-            raise RowIntegrityError.of({**failures}, self.name)
+        self._count(rows_read=len(places), rows_failed=sum(map(len, failures.rows.values())))
+        if failures.rows:
+            raise RowIntegrityError.of(failures.rows, self.name, failures.cause)
 
     def _exchange(
         self, connection: Connection, parts: Iterable[_Part], out: Rows, places: Int64s
-    ) -> dict[int, list[int]]:
-        """Send every part, a few at a time; the failed rows by model layer."""
+    ) -> Failures:
+        """Send every part, a few at a time; what failed."""
         stream = connection.stream
-        failures: dict[int, list[int]] = {}
+        failures = Failures()
         waiting: list[tuple[Pending, _Part]] = []
         todo = iter(parts)
         try:
@@ -147,7 +147,7 @@ class RemoteTier(Tier):
         self,
         pending: Pending,
         part: _Part,
-        failures: dict[int, list[int]],
+        failures: Failures,
         out: Rows,
         places: Int64s,
     ) -> None:
@@ -162,7 +162,7 @@ class RemoteTier(Tier):
             ):
                 self._refuse(f"rows {reply.first_row} to {reply.first_row + reply.rows}")
             scatter_rows(reply, places[part.first_row + got : part.first_row + end], out)
-            merge_failures(failures, {each.layer: list(each.row_ids) for each in reply.failed})
+            failures.unpack(reply.failed)
             got = end
         if got != part.rows:
             self._refuse(f"{got} rows")

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from engram._wire import ERROR_CODE_KEY, failed_rows, fault_of, merge_failures
+from engram._wire import ERROR_CODE_KEY, Failures, fault_of
 from engram.errors import (
     EngramError,
     OverloadError,
@@ -165,7 +165,7 @@ class _Worker:
         tier = servicer._tier(request.table, request.fingerprint)
         chunk_rows = max(1, CHUNK_BYTES // tier.row_format.row_bytes)
         wanted = read_of(request, tier, servicer._rows_max, chunk_rows)
-        failures: dict[int, list[int]] = {}
+        failures = Failures()
         sent = 0
         for piece in wanted.pieces:
             rows, places = self._room(request.table, tier, max(piece.rows, chunk_rows))
@@ -182,7 +182,7 @@ class _Worker:
                 )
                 if sent + end == wanted.rows:
                     reply.last = True
-                    reply.failed.extend(failed_rows(failures))
+                    reply.failed.extend(failures.pack())
                 yield reply
             sent += piece.rows
         if not wanted.rows:
@@ -210,11 +210,11 @@ class _Worker:
         )
 
 
-def _read(piece: Piece, out: Rows, places: Int64s, failures: dict[int, list[int]]) -> None:
+def _read(piece: Piece, out: Rows, places: Int64s, failures: Failures) -> None:
     try:
         piece.read(out, places[: piece.rows])
     except RowIntegrityError as error:
-        merge_failures(failures, error.failures)
+        failures.add(error.failures, error.cause)
 
 
 def _abort(context: Any, error: EngramError) -> NoReturn:

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+from engram.errors import RowIntegrityError
 from engram.rows import RowFormat
 
 START_SECONDS_MAX = 60
@@ -36,9 +37,8 @@ class Sidecar:
 
     def start(self) -> None:
         told = json.dumps(self.told, default=str)
-        # Files in /tmp of the checkout must not be imported from a working directory.
         self.process = subprocess.Popen(
-            [sys.executable, __file__, told], stderr=subprocess.PIPE, text=True, env=_environment()
+            [sys.executable, __file__, told], stderr=subprocess.PIPE, text=True, env=environment()
         )
         self.lines: list[str] = []
         ready = threading.Event()
@@ -72,7 +72,7 @@ class Sidecar:
             self.kill()
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     tests = Path(__file__).resolve().parent
     paths = [str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -86,7 +86,10 @@ def model_tier(seed=1, damaged=(), delay_s=0.0, **changes):
     class SlowTier(DictTier):
         def read(self, *arguments):
             time.sleep(delay_s)
-            super().read(*arguments)
+            try:
+                super().read(*arguments)
+            except RowIntegrityError as error:
+                raise RowIntegrityError.of(error.failures, "model", "by design") from None
 
     spec = small_qwen(**changes)
     rows = {(layer, row) for layer, row in damaged}

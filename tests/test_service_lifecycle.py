@@ -18,7 +18,7 @@ import pytest
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from sidecars import Sidecar, _environment, model_tier
+from sidecars import Sidecar, environment, model_tier
 
 import engram
 from engram.errors import ConfigError, OverloadError, SpecMismatchError, UnavailableError
@@ -102,7 +102,7 @@ def test_a_second_server_refuses_in_one_line(sidecar, qwen_table, expected):
         [*command, "--listen", sidecar.address],
         capture_output=True,
         text=True,
-        env=_environment(),
+        env=environment(),
         timeout=60,
         check=False,
     )
@@ -131,6 +131,31 @@ def test_one_client_too_many_is_refused_and_may_come_back(sidecar, expected):
     assert np.array_equal(third.lookup(TOKENS).values, expected)
     third.close()
     first.close()
+
+
+def test_calls_beyond_what_there_are_threads_for_are_refused_at_once(sidecar):
+    """Two streams and eight other calls may run; here ten others hold all of it."""
+    with grpc.insecure_channel(sidecar.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        held = []
+        for _ in range(10):
+            asked = SimpleQueue()
+            asked.put(reflection_pb2.ServerReflectionRequest(list_services=""))
+            held.append(stub.ServerReflectionInfo(iter(asked.get, None)))
+            next(held[-1])
+        with pytest.raises(OverloadError, match="no room"):
+            engram.connect(sidecar.address, "one", timeout_s=10)
+        for call in held:
+            call.cancel()
+    _until(lambda: _connects(sidecar.address))
+
+
+def _connects(address):
+    try:
+        engram.connect(address, "one").close()
+    except OverloadError:
+        return False
+    return True
 
 
 def test_after_a_kill_the_client_fails_then_works_again(tmp_path, expected):

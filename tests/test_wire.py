@@ -7,7 +7,7 @@ import inspect
 import grpc
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram import _wire, errors
@@ -56,6 +56,7 @@ def test_row_ids_survive_or_are_refused(ids):
 
 
 @given(st.integers(0, 30), st.integers(1, 40), st.integers(0, 2**32 - 1))
+@settings(deadline=None)
 def test_scatter_equals_its_twin(rows, width, seed):
     rng = np.random.default_rng(seed)
     chunk = rng.bytes(rows * width)
@@ -66,13 +67,17 @@ def test_scatter_equals_its_twin(rows, width, seed):
     assert np.array_equal(found, expected)
 
 
-def test_failures_are_merged_each_once_and_within_the_bound():
-    into: dict[int, list[int]] = {}
-    _wire.merge_failures(into, {3: (5, 6)})
-    _wire.merge_failures(into, {3: (6, 7), 1: tuple(range(100))})
-    assert into == {3: [5, 6, 7], 1: list(range(64))}
-    messages = _wire.failed_rows(into)
-    assert {m.layer: list(m.row_ids) for m in messages} == into
+def test_failures_are_gathered_each_once_and_within_the_bound():
+    sent = _wire.Failures()
+    sent.add({3: (5, 6)}, "damaged bytes")
+    sent.add({3: (6, 7), 1: tuple(range(100))}, "I/O error")
+    sent.add({3: (7,)}, "damaged bytes")
+    sent.add({3: (7,)}, "")
+    came = _wire.Failures()
+    came.unpack(pb.FailedRows.FromString(each.SerializeToString()) for each in sent.pack())
+    for failures in (sent, came):
+        assert failures.rows == {3: [5, 6, 7], 1: list(range(64))}
+        assert failures.cause == "damaged bytes, I/O error"
 
 
 def _service_errors():

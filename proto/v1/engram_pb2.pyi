@@ -178,12 +178,14 @@ class LookupResponse(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., boot_id: _Optional[str] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., last: bool = ..., failed: _Optional[_Iterable[_Union[FailedRows, _Mapping]]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., draining: bool = ..., values: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
 
 class FailedRows(_message.Message):
-    __slots__ = ("layer", "row_ids")
+    __slots__ = ("layer", "row_ids", "cause")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ROW_IDS_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
     layer: int
     row_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, layer: _Optional[int] = ..., row_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    cause: str
+    def __init__(self, layer: _Optional[int] = ..., row_ids: _Optional[_Iterable[int]] = ..., cause: _Optional[str] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message")
