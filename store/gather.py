@@ -9,7 +9,7 @@ Two ways to read it:
              the read (`posix_fadvise(WILLNEED)` again, for kernels where it does not), and they
              are fetched once `DEPTH` reads are under way. One thread keeps the device busy.
     mapped   straight from the map, without a system call, for rows in the page cache. A missing
-             page blocks, so groups of rows are timed: after a slow one the next rows are piped,
+             page blocks, so rows are timed: after slow ones the next rows are piped,
              until `CALM_ROWS` in sequence were found in the cache.
 """
 
@@ -42,11 +42,12 @@ DEPTH = 128
 """Reads under way at most, per gathering thread."""
 CALM_ROWS = 64
 """Rows in sequence that must be found in the page cache before the map is used again."""
-GROUP = 8
-"""Rows whose memory is asked for together, and timed together."""
-SLOW_GROUP_NS = 50_000
-"""A group that takes longer has waited for the device; page faults alone stay below."""
-
+GROUP = 16
+"""Rows of the map whose memory is asked for together."""
+TIMED_ROWS = 8
+"""Rows of the map that are timed together."""
+SLOW_NS = 50_000
+"""If they take longer they have waited for the device; page faults alone stay below."""
 GUARD_LOST = -(1 << 62)
 """Result of `gather` if the SIGBUS guard was replaced: nothing was done."""
 
@@ -234,28 +235,29 @@ def _pipe(table, source, request, i, calm, calm_enough):  # type: ignore[no-unty
 
 
 @kernel
-def _copy_group(table, source, request, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    group = source.scratch + _GROUP
+def _ask_group(table, source, request, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Note where these rows lie in the map, and ask for their memory all at once."""
+    entry = source.scratch + _GROUP
     for i in range(first, last):
         extent, offset, check = locate(table, _layer(request, i), load_int64(request.row_ids, i))
         row = source.base + offset
         for line in range(0, table.row_bytes, 64):
             _prefetch(row + line)
         _prefetch(row + check)
-        entry = group + (i - first) * 24
         store_u64(entry, np.uint64(extent))
         store_u64(entry + 8, np.uint64(row))
-        store_u64(entry + 16, np.uint64(check))
-    for i in range(first, last):
-        entry = group + (i - first) * 24
-        extent, row, check = load_int64(entry, 0), load_int64(entry, 1), load_int64(entry, 2)
-        if load_u8(table.refused + extent):
-            _set_fate(request, i, REFUSED)
-            continue
-        copy_bytes(source.scratch, row, table.row_bytes)
-        copy_bytes(source.scratch + _CHECK, row + check, CHECK_BYTES)
-        fate = _deliver(table, request, i, source.scratch, source.scratch + _CHECK)
-        _set_fate(request, i, fate)
+        store_u64(entry + 16, np.uint64(row + check))
+        entry += 24
+
+
+@kernel
+def _copy_row(table, source, request, i, entry):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    extent = load_int64(entry, np.int64(0))
+    if load_u8(table.refused + extent):
+        return REFUSED
+    copy_bytes(source.scratch, load_int64(entry, np.int64(1)), table.row_bytes)
+    copy_bytes(source.scratch + _CHECK, load_int64(entry, np.int64(2)), CHECK_BYTES)
+    return _deliver(table, request, i, source.scratch, source.scratch + _CHECK)
 
 
 @kernel
@@ -267,19 +269,23 @@ def _now_ns(source):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 
 @kernel
 def _copy(table, source, request, i):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Copy rows from `i` on through the map until a group was slow.
+    """Copy rows from `i` on through the map until some were slow.
 
-    Returns the next row to read and whether the last group was slow.
+    Returns the next row to read and whether the last ones were slow.
     """
     before = _now_ns(source)
     while i < request.rows:
-        last = min(i + GROUP, request.rows)
-        _copy_group(table, source, request, i, last)
-        i = last
-        after = _now_ns(source)
-        if after - before > SLOW_GROUP_NS:
-            return i, True
-        before = after
+        first, last = i, min(i + GROUP, request.rows)
+        _ask_group(table, source, request, first, last)
+        while i < last:
+            entry = source.scratch + _GROUP + (i - first) * 24
+            _set_fate(request, i, _copy_row(table, source, request, i, entry))
+            i += 1
+            if (i - first) % TIMED_ROWS == 0:
+                after = _now_ns(source)
+                if after - before > SLOW_NS:
+                    return i, True
+                before = after
     return i, False
 
 
