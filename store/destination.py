@@ -131,10 +131,20 @@ def _lock(directory: Path, destination: Path) -> int:
             raise DestinationError(
                 f"another import into {destination} is running; wait for it or stop it"
             ) from None
-        # Between open and lock the owner may have renamed or removed it: then it is not ours.
+        # Between open and lock its owner may have renamed or removed it: then it is not the one.
         if _same_file(descriptor, directory):
+            _require_ours(descriptor, directory)
             return descriptor
         os.close(descriptor)
+
+
+def _require_ours(descriptor: int, directory: Path) -> None:
+    """In a shared directory someone else may have made one of that name, to read or change it."""
+    owner = os.fstat(descriptor).st_uid
+    if owner != os.geteuid():
+        os.close(descriptor)
+        raise DestinationError(f"{directory} belongs to uid {owner}; have it removed first")
+    os.fchmod(descriptor, 0o700)
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

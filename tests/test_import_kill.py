@@ -25,7 +25,7 @@ ROWS = 70_000
 SCHEMA = Schema(
     "{}", RowFormat("fp8-ue8m0", 128), ((1, ROWS), (14, ROWS - 7)), np.arange(3000, dtype=np.int32)
 )
-OPTIONS = {"extent_blocks": 64, "journal_bytes": 1 << 19}
+OPTIONS = {"extent_blocks": 64, "journal_bytes": 1 << 20}
 KILLS = 10
 
 IMPORT = """
