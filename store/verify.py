@@ -70,7 +70,7 @@ class VerifyReport:
         verdict = (
             "every byte is as it was written"
             if self.sound
-            else f"{self.damaged_places:,} places are damaged; import the table again"
+            else f"damaged places: {self.damaged_places:,}; import the table again"
         )
         return [*found, f"{self.path}: {read}; {verdict}"]
 

@@ -66,7 +66,7 @@ def test_a_damaged_row_and_a_damaged_check(table):
     assert damage.page == read_manifest(table)[1].extent_pages[1] + 2
     assert (damage.first_row, damage.last_row) == (first + 2 * per_block, first + 3 * per_block - 1)
     assert f"block 2, page {damage.page}" in report.lines()[0]
-    assert "2 places are damaged" in report.lines()[-1]
+    assert "damaged places: 2;" in report.lines()[-1]
 
 
 def test_slack_behind_the_checks_and_between_blocks(table):
