@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from itertools import count
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from engram.store.synth import SyntheticSource
 from engram.store.tree import placed_values, read_meta
 from engram.store.writer import build_table
 
-ROWS = 70_000
+ROWS = 50_000
 SCHEMA = Schema(
     "{}", RowFormat("fp8-ue8m0", 128), ((1, ROWS), (14, ROWS - 7)), np.arange(3000, dtype=np.int32)
 )
@@ -86,31 +87,43 @@ def assert_nothing_to_open(path):
         read_manifest(path)
 
 
+def killed(path, reports, seconds):
+    """Start an import, let it live for some reports and a moment more, and kill it."""
+    process = start(path)
+    for _ in range(1 + reports):
+        process.stdout.readline()
+    time.sleep(seconds)
+    process.kill()
+    process.communicate()
+
+
 def test_killed_ten_times_then_finished(tmp_path, undisturbed):
-    path = tmp_path / "table"
+    """Each import goes on with what the ones before it left, until one gets to the end."""
     chance = random.Random(20260101)
-    noted = [0]
-    for _ in range(KILLS):
-        process = start(path)
-        # Each one lives for some reports, of extents taken over or written, and a moment more.
-        for _ in range(chance.randint(0, 9) + 1):
-            process.stdout.readline()
-        time.sleep(chance.uniform(0, 0.02))
-        process.kill()
-        process.communicate()
+    paths = (tmp_path / str(number) / "table" for number in count())
+    path, noted = next(paths), 0
+    path.parent.mkdir()
+    kills = 0
+    while kills < KILLS:
+        killed(path, chance.randint(0, 9), chance.uniform(0, 0.01))
+        if path.exists():
+            assert_finished(path, read_manifest(path)[0], undisturbed)
+            path, noted = next(paths), 0
+            path.parent.mkdir()
+            continue
+        kills += 1
         assert_nothing_to_open(path)
-        progress = Journal.read(private_path(path))
-        noted.append(0 if progress is None else len(progress.digests))
-    assert noted == sorted(noted), "a killed import went back behind its notes"
-    assert noted[-1] > 0
+        notes = Journal.read(private_path(path))
+        before, noted = noted, 0 if notes is None else len(notes.digests)
+        assert noted >= before, "a killed import went back behind its notes"
     manifest, first = build(path)
-    assert first != undisturbed[2], "the last import started over"
+    assert noted == 0 or first != undisturbed[2], "the last import started over"
     assert_finished(path, manifest, undisturbed)
 
 
 def test_killed_while_it_finishes(tmp_path, undisturbed):
     """After the last row there are syncs, the tree's digest, the manifest and the rename."""
-    for number, delay in enumerate((0.0, 0.005, 0.02, 0.05)):
+    for number, delay in enumerate((0.0, 0.005, 0.02)):
         path = tmp_path / str(number) / "table"
         path.parent.mkdir()
         process = start(path)
@@ -135,12 +148,10 @@ class InterruptError(BaseException):
 
 def interrupted(path, after_extents):
     """Leave an import unfinished, with notes in its journal; returns its private directory."""
-    count = 0
+    reports = count(1)
 
     def progress(done, total):
-        nonlocal count
-        count += 1
-        if count == after_extents:
+        if next(reports) == after_extents:
             raise InterruptError
 
     with pytest.raises(InterruptError):
@@ -154,7 +165,7 @@ def interrupted(path, after_extents):
 
 def test_goes_on_from_the_last_note_but_one(tmp_path, undisturbed):
     path = tmp_path / "table"
-    _, notes = interrupted(path, 30)
+    _, notes = interrupted(path, 20)
     manifest, first = build(path)
     before = [0]
     for extent in manifest.extents:
@@ -165,7 +176,7 @@ def test_goes_on_from_the_last_note_but_one(tmp_path, undisturbed):
 
 def test_after_a_boot_it_starts_over(tmp_path, undisturbed, monkeypatch):
     path = tmp_path / "table"
-    interrupted(path, 30)
+    interrupted(path, 20)
     other = tmp_path.parent / f"{tmp_path.name}-boot_id"
     other.write_text("another boot\n")
     monkeypatch.setattr(journal, "_BOOT_ID", other)
@@ -177,7 +188,7 @@ def test_after_a_boot_it_starts_over(tmp_path, undisturbed, monkeypatch):
 @pytest.mark.parametrize("what", ["source", "token map", "extent size"])
 def test_another_import_starts_over(tmp_path, what):
     path = tmp_path / "table"
-    interrupted(path, 30)
+    interrupted(path, 20)
     source, schema, options = None, SCHEMA, {}
     if what == "source":
         source = SyntheticSource(SCHEMA, seed=1)
@@ -203,7 +214,7 @@ def flip(path, position):
 @pytest.mark.parametrize("what", ["noted row", "later row", "tree", "meta", "journal", "digest"])
 def test_what_cannot_be_trusted_starts_over(tmp_path, undisturbed, what):
     path = tmp_path / "table"
-    directory, notes = interrupted(path, 30)
+    directory, notes = interrupted(path, 20)
     data = directory / "data.mdb"
     with data.open("rb") as stream:
         meta = read_meta(stream.fileno())
