@@ -8,9 +8,7 @@ finite and near 1 in magnitude, and e4m3 bytes are kept off the two NaN codes.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,8 @@ from engram._jit import kernel, store_u8, store_u64
 from engram.errors import SelectionError
 from engram.rows import Bytes, RowFormat
 from engram.store.checks import mix64
-from engram.store.manifest import Manifest, Schema
+from engram.store.manifest import Schema
 from engram.store.source import table_seed_of
-from engram.store.writer import Progress, build_table
 
 _U64 = np.uint64
 _SCALE_WORDS = _U64(1 << 32)
@@ -189,7 +186,7 @@ class SyntheticSource:
     """
 
     def __init__(self, schema: Schema, seed: int = 0) -> None:
-        self.digest = json.dumps({"kind": "synth", "seed": seed}, sort_keys=True)
+        self.digest = f"synth-{seed}"
         self.description: dict[str, Any] = {"kind": "synth", "seed": seed}
         self.table_seed = table_seed_of(schema, self.digest)
         self._row_format = schema.row_format
@@ -198,10 +195,3 @@ class SyntheticSource:
         """Compute rows `first_row` onwards of `layer` into `out`, uint8 `[n, row_bytes]`."""
         row_ids = np.arange(first_row, first_row + len(out), dtype=np.int64)
         fill_synthetic_rows(self.table_seed, self._row_format, layer, row_ids, out)
-
-
-def build_synthetic(
-    destination: Path, schema: Schema, seed: int = 0, progress: Progress | None = None
-) -> Manifest:
-    """Make a synthetic table; arguments and errors as in `build_table`."""
-    return build_table(destination, schema, SyntheticSource(schema, seed), progress=progress)

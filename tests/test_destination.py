@@ -138,13 +138,14 @@ from pathlib import Path
 from engram.errors import DestinationError
 from engram.rows import RowFormat
 from engram.store.manifest import Schema
-from engram.store.synth import build_synthetic
+from engram.store.synth import SyntheticSource
+from engram.store.writer import build_table
 
 schema = Schema("{}", RowFormat("bf16", 32), ((1, 200000),))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))
 try:
-    build_synthetic(Path(sys.argv[1]), schema)
+    build_table(Path(sys.argv[1]), schema, SyntheticSource(schema))
 except DestinationError as error:
     print(error)
 """

@@ -195,10 +195,11 @@ import resource, sys
 from pathlib import Path
 from engram.rows import RowFormat
 from engram.store.manifest import Schema
-from engram.store.synth import build_synthetic
+from engram.store.synth import SyntheticSource
+from engram.store.writer import build_table
 
 schema = Schema("{}", RowFormat("fp8-ue8m0", 256), ((1, 1_000_000), (14, 1_000_000)))
-build_synthetic(Path(sys.argv[1]), schema)
+build_table(Path(sys.argv[1]), schema, SyntheticSource(schema))
 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
     print(resource.getrusage(who).ru_maxrss)
 """
