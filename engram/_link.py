@@ -108,6 +108,9 @@ class Link:
             )
         self.now = fresh
         self.reconnects += 1
+        if self._closed:  # by another thread, which closed the one before
+            fresh.close()
+            raise UnavailableError("the table is closed; connect again")
         return fresh
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ class Servicer(EngramServicer):
     ) -> None:
         self.boot_id = secrets.token_hex(16)
         self._tiers = dict(tiers)
-        self._rows_max = rows_max
+        self.rows_max = rows_max
         self._streams_max = streams_max
         self._limits = pb.Limits(max_rows=rows_max, max_message_bytes=message_bytes_max)
         self._tables = {name: self._describe(name, tier) for name, tier in tiers.items()}
@@ -86,14 +86,15 @@ class Servicer(EngramServicer):
 
     def GetTable(self, request: pb.GetTableRequest, context: Any) -> pb.GetTableResponse:  # noqa: N802
         try:
-            self._tier(request.name)
+            self._refuse_when_draining()
+            self._named(request.name)
         except EngramError as error:
             _abort(context, error)
         return self._tables[request.name]
 
     def Prefetch(self, request: pb.PrefetchRequest, context: Any) -> pb.PrefetchResponse:  # noqa: N802
         try:
-            tier = self._tier(request.table, request.fingerprint)
+            tier = self.tier(request.table, request.fingerprint)
             tier.prefetch(ngrams_of(request.ngrams, tier))
         except EngramError as error:
             _abort(context, error)
@@ -118,8 +119,7 @@ class Servicer(EngramServicer):
 
     def _open_stream(self, requests: Iterator[pb.LookupRequest]) -> LookupStream:
         with self._lock:
-            if self._draining:
-                raise UnavailableError("the sidecar is shutting down; connect again later")
+            self._refuse_when_draining()
             if len(self._streams) >= self._streams_max:
                 raise OverloadError(
                     f"{self._streams_max} clients are connected already; "
@@ -129,18 +129,29 @@ class Servicer(EngramServicer):
             self._streams.add(stream)
         return stream
 
-    def _tier(self, name: str, fingerprint: str | None = None) -> Tier:
-        if self._draining and fingerprint is None:
+    def _refuse_when_draining(self) -> None:
+        if self._draining:
             raise UnavailableError("the sidecar is shutting down; connect again later")
-        tier = self._tiers.get(name)
-        if tier is None:
+
+    def _named(self, name: str) -> Tier:
+        if name not in self._tiers:
             raise UnknownTableError(
                 f"no table {name[:80]!r} is served here; there are: {', '.join(self._tiers)}"
             )
-        if fingerprint is not None and fingerprint != tier.fingerprint:
+        return self._tiers[name]
+
+    def tier(self, name: str, fingerprint: str) -> Tier:
+        """The tier that a request names.
+
+        Raises:
+            UnknownTableError: none of that name.
+            SpecMismatchError: it holds another table than the request is for.
+        """
+        tier = self._named(name)
+        if fingerprint != tier.fingerprint:
             raise SpecMismatchError(
                 f"table {name} has fingerprint {tier.fingerprint}, the request is for "
-                f"{fingerprint[:80]}; connect again",
+                f"{fingerprint[:80]!r}; connect again",
                 "fingerprint",
             )
         return tier
@@ -162,9 +173,9 @@ class _Worker:
 
     def _rows(self, request: pb.LookupRequest) -> Iterator[pb.LookupResponse]:
         servicer = self._servicer
-        tier = servicer._tier(request.table, request.fingerprint)
+        tier = servicer.tier(request.table, request.fingerprint)
         chunk_rows = max(1, CHUNK_BYTES // tier.row_format.row_bytes)
-        wanted = read_of(request, tier, servicer._rows_max, chunk_rows)
+        wanted = read_of(request, tier, servicer.rows_max, chunk_rows)
         failures = Failures()
         sent = 0
         for piece in wanted.pieces:
