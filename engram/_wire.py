@@ -26,8 +26,6 @@ from engram.tiers import Int32s, Int64s, Ngrams
 
 ERROR_CODE_KEY = "engram-error-code"
 """Trailing metadata of a call that engram itself refused: the `ErrorCode` as a number."""
-FAILED_ROWS_MAX = 64
-"""Failed rows listed per layer, as `RowIntegrityError` keeps them."""
 
 
 def _other_table(message: str) -> EngramError:
@@ -105,7 +103,7 @@ class Failures:
     """Failed rows of a lookup, gathered from its parts.
 
     Attributes:
-        rows: row ids by model layer, each once, at most `FAILED_ROWS_MAX` a layer.
+        rows: row ids by model layer, each once.
     """
 
     def __init__(self) -> None:
@@ -116,7 +114,7 @@ class Failures:
         """Add rows by model layer, and why they failed."""
         for layer, failed in rows.items():
             known = self.rows.get(layer, ())
-            self.rows[layer] = list(dict.fromkeys([*known, *failed]))[:FAILED_ROWS_MAX]
+            self.rows[layer] = list(dict.fromkeys([*known, *failed]))
         if cause:
             self._causes[cause] = None
 

@@ -78,9 +78,9 @@ class RowIntegrityError(EngramError):
     """Some rows failed their check or could not be read.
 
     `layer` is the model's layer index of the first failed row, `row_ids` the failed row ids of
-    that layer (at most 64 are kept), `failures` all of them as `{layer: row_ids}` within the same
-    bound, `cause` why, if that is known. Rows that are not named are valid in the caller's output;
-    the failed ones are unspecified.
+    that layer, `failures` all of them as `{layer: row_ids}`, `cause` why, if that is known. Rows
+    that are not named are valid in the caller's output; the failed ones are unspecified. The
+    message names the first eight of each layer.
     """
 
     def __init__(self, message: str, failures: dict[int, Sequence[int]], cause: str = "") -> None:
@@ -102,7 +102,7 @@ class RowIntegrityError(EngramError):
         return cls(
             f"{table}: rows could not be read intact ({named}{': ' if cause else ''}{cause}); "
             f"run 'engram verify {table}' and import the table again if it lists damage",
-            {layer: rows[:64] for layer, rows in failures.items()},
+            failures,
             cause,
         )
 
