@@ -100,23 +100,23 @@ def error_of_call(error: Any, target: str) -> EngramError:
 
 
 class Failures:
-    """Failed rows of a lookup, gathered from its parts.
-
-    Attributes:
-        rows: row ids by model layer, each once.
-    """
+    """Failed rows of a lookup, gathered from its parts: each once, however many parts name it."""
 
     def __init__(self) -> None:
-        self.rows: dict[int, Sequence[int]] = {}
+        self._rows: dict[int, dict[int, None]] = {}
         self._causes: dict[str, None] = {}
 
     def add(self, rows: Mapping[int, Sequence[int]], cause: str) -> None:
         """Add rows by model layer, and why they failed."""
         for layer, failed in rows.items():
-            known = self.rows.get(layer, ())
-            self.rows[layer] = list(dict.fromkeys([*known, *failed]))
+            self._rows.setdefault(layer, {}).update(dict.fromkeys(failed))
         if cause:
             self._causes[cause] = None
+
+    @property
+    def rows(self) -> dict[int, Sequence[int]]:
+        """Row ids by model layer."""
+        return {layer: list(failed) for layer, failed in self._rows.items()}
 
     @property
     def cause(self) -> str:

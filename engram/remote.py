@@ -118,9 +118,10 @@ class RemoteTier(Tier):
             # Rows are immutable, so asking again is safe; a sidecar that restarted answers.
             connection = self._link.connection()
             failures = self._exchange(connection, parts(connection.table.limits), out, places)
-        self._count(rows_read=len(places), rows_failed=sum(map(len, failures.rows.values())))
-        if failures.rows:
-            raise RowIntegrityError.of(failures.rows, self.name, failures.cause)
+        failed = failures.rows
+        self._count(rows_read=len(places), rows_failed=sum(map(len, failed.values())))
+        if failed:
+            raise RowIntegrityError.of(failed, self.name, failures.cause)
 
     def _exchange(
         self, connection: Connection, parts: Iterable[_Part], out: Rows, places: Int64s
