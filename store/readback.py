@@ -38,7 +38,9 @@ class Readback:
     """The import's side: hands over what to read back and waits for the verdict."""
 
     def __init__(self, directory: Path, layout: BlockLayout, table_seed: int) -> None:
-        self._process = _idle_process() or _start_process()
+        idle = _idle_process()
+        self._may_have_ended = idle is not None
+        self._process = idle or _start_process()
         self._first = {
             "directory": str(directory),
             "row_bytes": layout.row_bytes,
@@ -78,7 +80,19 @@ class Readback:
 
     def _ask(self, question: dict[str, Any]) -> Any:
         question, self._first = {**self._first, **question}, {}
+        may_have_ended, self._may_have_ended = self._may_have_ended, False
+        try:
+            return _exchange(self._process, question)
+        except _DeadError:
+            if not may_have_ended:
+                raise
+        _end(self._process)
+        self._process = _start_process()
         return _exchange(self._process, question)
+
+
+class _DeadError(CorruptTableError):
+    """The other process has ended."""
 
 
 def _exchange(process: subprocess.Popen[str], question: dict[str, Any]) -> Any:
@@ -92,8 +106,8 @@ def _exchange(process: subprocess.Popen[str], question: dict[str, Any]) -> Any:
     except BrokenPipeError:
         answer = ""
     if not answer:
-        raise CorruptTableError(
-            "the process that reads the table back has died; free some memory and import again"
+        raise _DeadError(
+            "the process that reads the table back has died; free memory, import again"
         )
     reply = json.loads(answer)
     if "error" in reply:
@@ -122,18 +136,16 @@ def _start_process() -> subprocess.Popen[str]:
     )
 
 
+def warm_up() -> None:
+    """Start the process of the next import now, while the caller has other things to prepare."""
+    if not _idle:
+        _idle.append((os.getpid(), _start_process()))
+
+
 def _idle_process() -> subprocess.Popen[str] | None:
-    """The waiting process, if it still answers and was not inherited by a fork."""
-    while _idle:
-        owner, process = _idle.pop()
-        if owner != os.getpid():
-            continue
-        try:
-            if _exchange(process, {}) == "ready":
-                return process
-        except CorruptTableError:
-            _end(process)
-    return None
+    """The waiting process, unless it was inherited by a fork. It may have ended meanwhile."""
+    owner, process = _idle.pop() if _idle else (0, None)
+    return process if owner == os.getpid() else None
 
 
 @atexit.register
@@ -216,27 +228,23 @@ def _fill(descriptor: int, into: Bytes, position: int) -> None:
         position += count
 
 
-def _answer(reader: _Reader | None, request: dict[str, Any]) -> str:
-    if reader is None:
-        return "ready"
-    if "extent" in request:
-        return reader.extent(*request["extent"])
-    reader.finish()
-    return "finished"
-
-
 def main() -> None:
     """Answer requests until standard input ends, or none comes for a while between imports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.alarm(_IDLE_SECONDS)
     reader: _Reader | None = None
     for line in sys.stdin:
         signal.alarm(0)
         request = json.loads(line)
         try:
-            if "directory" in request:
+            if reader is None:
                 names = ("directory", "row_bytes", "extent_blocks", "table_seed")
                 reader = _Reader(*(request[name] for name in names))
-            reply = {"done": _answer(reader, request)}
+            if "extent" in request:
+                reply = {"done": reader.extent(*request["extent"])}
+            else:
+                reader.finish()
+                reply = {"done": "finished"}
         except (EngramError, OSError) as error:
             reply = {"error": str(error)}
         if "finish" in request:

@@ -14,6 +14,7 @@ from table_files import rows_of
 from engram.errors import CheckpointError, CorruptTableError, SpecError, StoreError
 from engram.rows import RowFormat
 from engram.store import destination as place
+from engram.store import readback
 from engram.store.checks import digest
 from engram.store.layout import BlockLayout
 from engram.store.manifest import Schema, read_manifest
@@ -180,6 +181,28 @@ def test_damage_before_the_read_back_is_found(tmp_path, monkeypatch, part):
     monkeypatch.setattr(Readback, "extent", flip_first)
     with pytest.raises(CorruptTableError, match=r"could not be read back .*layer 1 row \d"):
         build_table(tmp_path / "table", SCHEMA, array_source(), extent_blocks=16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_reading_process_that_ended_while_it_waited(tmp_path):
+    build_table(tmp_path / "1", SCHEMA, array_source())
+    (_, waiting), *_ = readback._idle
+    waiting.kill()
+    waiting.wait()
+    build_table(tmp_path / "2", SCHEMA, array_source())
+
+
+def test_reading_process_that_is_killed_at_work(tmp_path, monkeypatch):
+    real = Readback.extent
+
+    def kill_first(self, *place):
+        real(self, *place)
+        self._process.kill()
+        return real(self, *place)
+
+    monkeypatch.setattr(Readback, "extent", kill_first)
+    with pytest.raises(CorruptTableError, match="reads the table back has died"):
+        build_table(tmp_path / "table", SCHEMA, array_source())
     assert not list(tmp_path.iterdir())
 
 

@@ -30,8 +30,10 @@ def register(app: typer.Typer) -> None:
         from engram.cli._output import print_facts, progress_bar
         from engram.cli.inspect import facts_of
         from engram.spec import NgramSpec
+        from engram.store.readback import warm_up
         from engram.store.writer import build_table
 
+        warm_up()
         spec = NgramSpec.from_pretrained(source)
         schema, rows = open_checkpoint(source, spec)
         with progress_bar(f"importing {destination.name}") as progress:
