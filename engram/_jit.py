@@ -21,12 +21,14 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def _source_stamp() -> str:
-    """Digest of all module sizes and times: a kernel inlines others, so any change renews all."""
+    """Digest of all modules that kernels may stand in or take a constant from.
+
+    numba itself looks at the module a kernel stands in only, but a kernel inlines what it calls.
+    """
     digest = hashlib.blake2s(digest_size=8)
-    folders = [_PACKAGE, *(_PACKAGE / link for link in ("store", "service"))]
-    for path in sorted({p for folder in folders for p in folder.rglob("*.py")}):
-        stat = path.stat()
-        digest.update(f"{path}:{stat.st_size}:{stat.st_mtime_ns};".encode())
+    folders = (_PACKAGE, _PACKAGE / "spec", _PACKAGE / "store")
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -51,6 +53,9 @@ def _cache_dir() -> str | None:
 
 
 _CACHE_DIR = _cache_dir()
+
+COMPILES = _CACHE_DIR is None or not any(Path(_CACHE_DIR).iterdir())
+"""Whether this process will compile kernels that later ones find ready: some ten seconds."""
 
 
 def kernel(function: Callable[..., Any]) -> Any:

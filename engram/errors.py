@@ -25,6 +25,7 @@ except where its class says otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class EngramError(Exception):
@@ -44,6 +45,10 @@ class SpecMismatchError(SpecError):
     def __init__(self, message: str, field: str) -> None:
         super().__init__(message)
         self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process pools; by default only the message would.
+        return type(self), (str(self), self.field)
 
 
 class TokenError(EngramError):
@@ -88,6 +93,9 @@ class RowIntegrityError(EngramError):
         self.cause = cause
         self.failures = {layer: tuple(int(row) for row in rows) for layer, rows in failures.items()}
         self.layer, self.row_ids = next(iter(self.failures.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.failures, self.cause)
 
     @classmethod
     def of(

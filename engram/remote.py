@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 
 from engram._channel import Tls, require_own_grpc
+from engram._counters import Counters
 from engram._link import Connection, Link
 from engram._stream import Pending, StreamLostError
 from engram._wire import Failures, pack_ngrams, scatter_rows
@@ -72,10 +73,10 @@ class RemoteTier(Tier):
         self._target = connection.target
         self._timeout_s = timeout_s
         self._link = Link(connection, tls)
-        self._lock = threading.Lock()
-        self._prefetching = 0
-        self._counters = dict.fromkeys(
-            ("requests", "rows_read", "rows_failed", "prefetches", "prefetches_dropped"), 0
+        # A sidecar that falls behind would only warm what was needed long ago.
+        self._prefetch_room = threading.BoundedSemaphore(PREFETCHES_IN_FLIGHT_MAX)
+        self._counters = Counters(
+            "requests", "rows_read", "rows_failed", "prefetches", "prefetches_dropped"
         )
         self._finalizer = weakref.finalize(self, self._link.close)
 
@@ -119,7 +120,7 @@ class RemoteTier(Tier):
             connection = self._link.connection()
             failures = self._exchange(connection, parts(connection.table.limits), out, places)
         failed = failures.rows
-        self._count(rows_read=len(places), rows_failed=sum(map(len, failed.values())))
+        self._counters.add(rows_read=len(places), rows_failed=sum(map(len, failed.values())))
         if failed:
             raise RowIntegrityError.of(failed, self.name, failures.cause)
 
@@ -135,7 +136,7 @@ class RemoteTier(Tier):
             while True:
                 while len(waiting) < REQUESTS_IN_FLIGHT_MAX and (part := next(todo, None)):
                     waiting.append((stream.send(part.request, self._timeout_s), part))
-                    self._count(requests=1)
+                    self._counters.add(requests=1)
                 if not waiting:
                     return failures
                 self._receive(*waiting[0], failures, out, places)
@@ -179,17 +180,15 @@ class RemoteTier(Tier):
         try:
             connection = self._link.connection()
         except ServiceError:
-            return self._count(prefetches_dropped=1)
+            self._counters.add(prefetches_dropped=1)
+            return
         step = _step(connection.table.limits, self.spec.num_columns, 1 + 4 * self.spec.max_order)
         for at in range(0, len(ngrams), step):
-            with self._lock:
-                # A sidecar that falls behind would only warm what was needed long ago.
-                full = self._prefetching >= PREFETCHES_IN_FLIGHT_MAX
-                self._prefetching += not full
-                self._counters["prefetches_dropped" if full else "prefetches"] += 1
-            if not full:
+            if self._prefetch_room.acquire(blocking=False):
+                self._counters.add(prefetches=1)
                 self._send_prefetch(connection, _slice(ngrams, at, at + step))
-        return None
+            else:
+                self._counters.add(prefetches_dropped=1)
 
     def _send_prefetch(self, connection: Connection, ngrams: Ngrams) -> None:
         request = pb.PrefetchRequest(
@@ -198,36 +197,27 @@ class RemoteTier(Tier):
         try:
             call = connection.stub.Prefetch.future(request, timeout=self._timeout_s)
         except ValueError:  # the channel was closed in between
-            return self._prefetched(None)
-        call.add_done_callback(self._prefetched)
-        return None
+            self._prefetched(None)
+        else:
+            call.add_done_callback(self._prefetched)
 
     def _prefetched(self, call: Any) -> None:
-        failed = call is None or call.code() is not grpc.StatusCode.OK
-        with self._lock:
-            self._prefetching -= 1
-            self._counters["prefetches_dropped"] += failed
-
-    def _count(self, **increments: int) -> None:
-        with self._lock:
-            for counter, increment in increments.items():
-                self._counters[counter] += increment
+        if call is None or call.code() is not grpc.StatusCode.OK:
+            self._counters.add(prefetches_dropped=1)
+        self._prefetch_room.release()
 
     def stats(self) -> dict[str, Any]:
         connection = self._link.now
-        with self._lock:
-            return {
-                "tier": "remote",
-                "target": self._target,
-                "boot_id": connection.stream.boot_id or connection.table.boot_id,
-                "reconnects": self._link.reconnects,
-                **self._counters,
-            }
+        return {
+            "tier": "remote",
+            "target": self._target,
+            "boot_id": connection.stream.boot_id or connection.table.boot_id,
+            "reconnects": self._link.reconnects,
+            **self._counters.read(),
+        }
 
     def check_integrity(self) -> None:
-        with self._lock:
-            assert 0 <= self._prefetching <= PREFETCHES_IN_FLIGHT_MAX
-            assert all(count >= 0 for count in self._counters.values())
+        self._counters.check_integrity()
 
     def close(self) -> None:
         self._finalizer()

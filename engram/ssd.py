@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engram._background import Background
+from engram._counters import Counters
 from engram.errors import RowIntegrityError, SpecMismatchError
 from engram.rows import RowFormat, Rows
 from engram.spec import NgramSpec
@@ -17,7 +17,7 @@ from engram.store.manifest import Schema
 from engram.store.reader import StoreReader
 from engram.tiers import Int64s, Ngrams, Selection, Tier
 
-_PREFETCHES_MAX = 64
+PREFETCHES_PENDING_MAX = 64
 
 
 def schema_of(spec: NgramSpec, row_format: RowFormat) -> Schema:
@@ -62,13 +62,11 @@ class SsdTier(Tier):
                 "layers",
             )
         self._everything = Selection.of(self.spec)
-        self._lock = threading.Lock()
-        self._counters = dict.fromkeys(
-            ("ngrams_read", "rows_read", "rows_failed", "prefetches", "prefetches_dropped"), 0
+        self._counters = Counters(
+            "ngrams_read", "rows_read", "rows_failed", "prefetches", "prefetches_dropped"
         )
-        self._background: ThreadPoolExecutor | None = None
-        self._owner = os.getpid()
-        self._queued = 0
+        # A backlog means that reads cannot keep up: more hints would only arrive late.
+        self._background = Background("engram-prefetch", PREFETCHES_PENDING_MAX)
 
     def read(self, ngrams: Ngrams, selection: Selection, out: Rows, places: Int64s) -> None:
         layers, row_ids = self._rows_of(ngrams, selection)
@@ -95,45 +93,23 @@ class SsdTier(Tier):
             failed = sum(len(rows) for rows in error.failures.values())
             raise
         finally:
-            self._count(ngrams_read=ngrams, rows_read=len(row_ids), rows_failed=failed)
-
-    def _count(self, **increments: int) -> None:
-        with self._lock:
-            for counter, increment in increments.items():
-                self._counters[counter] += increment
+            self._counters.add(ngrams_read=ngrams, rows_read=len(row_ids), rows_failed=failed)
 
     def prefetch(self, ngrams: Ngrams) -> None:
-        with self._lock:
-            if self._background is None or self._owner != os.getpid():
-                self._background = ThreadPoolExecutor(1, thread_name_prefix="engram-prefetch")
-                self._owner, self._queued = os.getpid(), 0
-            background = self._background
-            # A backlog means that reads cannot keep up: more hints would only arrive late.
-            full = self._queued >= _PREFETCHES_MAX
-            self._queued += not full
-            self._counters["prefetches_dropped" if full else "prefetches"] += 1
-        if not full:
-            background.submit(self._touch, ngrams)
+        if self._background.submit(self._touch, ngrams):
+            self._counters.add(prefetches=1)
+        else:
+            self._counters.add(prefetches_dropped=1)
 
     def _touch(self, ngrams: Ngrams) -> None:
-        try:
-            self._reader.touch(*self._rows_of(ngrams, self._everything))
-        finally:
-            with self._lock:
-                self._queued -= 1
+        self._reader.touch(*self._rows_of(ngrams, self._everything))
 
     def stats(self) -> dict[str, Any]:
-        with self._lock:
-            return {"tier": "ssd", **self._counters}
+        return {"tier": "ssd", **self._counters.read()}
 
     def check_integrity(self) -> None:
-        with self._lock:
-            assert 0 <= self._queued <= _PREFETCHES_MAX
-            assert all(count >= 0 for count in self._counters.values())
+        self._counters.check_integrity()
 
     def close(self) -> None:
-        with self._lock:
-            background, self._background = self._background, None
-        if background is not None and self._owner == os.getpid():
-            background.shutdown(cancel_futures=True)
+        self._background.close()
         self._reader.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engram._counters import Counters
 from engram._ngrams import (
     copy_repeated_rows,
     copy_repeats,
@@ -56,9 +56,8 @@ class Table:
         self.fingerprint = tier.fingerprint
         self.name = tier.name
         self._everything = Selection.of(tier.spec)
-        self._lock = threading.Lock()
-        self._counters = dict.fromkeys(
-            ("lookups", "tokens", "ngrams_requested", "ngrams_unique", "lookups_failed"), 0
+        self._counters = Counters(
+            "lookups", "tokens", "ngrams_requested", "ngrams_unique", "lookups_failed"
         )
 
     def lookup(
@@ -111,7 +110,7 @@ class Table:
             copy_repeats(first, selection, flat)
             raise
         finally:
-            self._count(
+            self._counters.add(
                 lookups=1,
                 tokens=len(windows),
                 ngrams_requested=int((first >= 0).sum()),
@@ -180,8 +179,7 @@ class Table:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the table was opened, with those of its tier under `"tiers"`."""
-        with self._lock:
-            return {"table": self.name, **self._counters, "tiers": [self._tier.stats()]}
+        return {"table": self.name, **self._counters.read(), "tiers": [self._tier.stats()]}
 
     def close(self) -> None:
         """Free files, maps and connections; safe to call twice."""
@@ -191,11 +189,6 @@ class Table:
         if layers is None and columns is None:
             return self._everything
         return Selection.of(self.spec, layers, columns)
-
-    def _count(self, **increments: int) -> None:
-        with self._lock:
-            for counter, increment in increments.items():
-                self._counters[counter] += increment
 
     def __enter__(self) -> Table:
         return self

@@ -22,6 +22,14 @@ from rich.table import Table
 console = Console(highlight=False, soft_wrap=False)
 
 
+def announce_compilation() -> None:
+    """Say why the first command after an installation is slow."""
+    from engram._jit import COMPILES
+
+    if COMPILES:
+        typer.echo("engram: compiling for this machine, once; about ten seconds", err=True)
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar over bytes on standard error; silent when that is not a terminal.
@@ -29,6 +37,8 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     Yields a function of (bytes done, bytes in all).
     """
     errors = Console(stderr=True)
+    if errors.is_terminal:
+        announce_compilation()
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -26,7 +26,10 @@ def register(app: typer.Typer) -> None:
 
         Example: engram serve --table qwen=/srv/engram/qwen --listen unix:/run/engram/engram.sock
         """
+        from engram.cli._output import announce_compilation
         from engram.service.config import load_config
         from engram.service.server import run
 
-        raise typer.Exit(run(load_config(config, tables=table, listen=listen)))
+        settings = load_config(config, tables=table, listen=listen)
+        announce_compilation()
+        raise typer.Exit(run(settings))
