@@ -29,8 +29,8 @@ from engram.store.manifest import MANIFEST_KEY, TOKEN_MAP_KEY, extent_key, read_
 from engram.store.pack import ALL_SOUND, unpack_rows
 from engram.store.tree import placed_values, read_meta
 
-PIECE_BLOCKS = 256
-"""Blocks that are read and verified at once: 1 MiB, which stays in the processor's cache."""
+PIECE_BLOCKS = 512
+"""Blocks that are read and verified at once: 2 MiB, which stay in the processor's cache."""
 _IDLE_SECONDS = 20
 
 
