@@ -39,7 +39,12 @@ __all__ = [
 ]
 
 
+_PACKAGES = ("integrations", "nn")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"engram.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'engram' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

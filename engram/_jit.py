@@ -37,15 +37,13 @@ def _cache_dir() -> str | None:
     candidates = [
         os.environ.get("ENGRAM_CACHE_DIR"),
         os.environ.get("CACHE_DIRECTORY"),
-        os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/engram",
+        (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/engram",
     ]
-    for candidate in candidates:
-        if not candidate:
-            continue
-        path = Path(candidate).expanduser() / f"kernels-{_source_stamp()}"
+    for candidate in filter(None, candidates):
         try:
+            path = Path(candidate).expanduser() / f"kernels-{_source_stamp()}"
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError:
+        except (OSError, RuntimeError):  # not writable, or a user without a home
             continue
         if os.access(path, os.W_OK):
             return str(path)
@@ -54,8 +52,11 @@ def _cache_dir() -> str | None:
 
 _CACHE_DIR = _cache_dir()
 
+CACHED = _CACHE_DIR is not None
+"""Whether compiled kernels are kept for later processes."""
+
 COMPILES = _CACHE_DIR is None or not any(Path(_CACHE_DIR).iterdir())
-"""Whether this process will compile kernels that later ones find ready: some ten seconds."""
+"""Whether this process compiles kernels anew, which takes some ten seconds."""
 
 
 def kernel(function: Callable[..., Any]) -> Any:

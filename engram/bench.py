@@ -129,14 +129,10 @@ def cold_rate(path: Path, tokens: int, batch: int, run: int, *, guard: bool) -> 
 
 
 def drop_cache(path: Path) -> None:
-    """Drop a file from the page cache: all caches where this process may, else its own pages."""
+    """Drop a file's pages from the page cache, where no process has them mapped."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("1")
-    except OSError:
-        return

@@ -8,6 +8,7 @@ in place.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,20 +58,10 @@ class Selection:
         Raises:
             SelectionError: a layer or column that does not exist, twice the same, or none.
         """
-        columns = range(spec.num_columns) if columns is None else [int(c) for c in columns]
-        layers = spec.layer_ids if layers is None else [int(layer) for layer in layers]
-        for what, asked, known in (
-            ("layer", layers, spec.layer_ids),
-            ("column", columns, range(spec.num_columns)),
-        ):
-            missing = [item for item in asked if item not in known]
-            if missing:
-                raise SelectionError(f"{what} {missing[0]} does not exist; {what}s are {known}")
-            if not len(asked) or len(set(asked)) < len(asked):
-                raise SelectionError(f"{what}s must be named, each once: got {list(asked)}")
+        layers = chosen("layer", layers, spec.layer_ids)
         return cls(
             tuple(spec.layer_ids.index(layer) for layer in layers),
-            tuple(columns),
+            chosen("column", columns, tuple(range(spec.num_columns))),
             spec.heads,
             spec.min_order,
             spec.num_orders,
@@ -94,6 +85,31 @@ class Selection:
     @cached_property
     def column_array(self) -> Int64s:
         return np.array(self.columns, np.int64)
+
+
+def chosen(what: str, asked: Sequence[int] | None, known: tuple[int, ...]) -> tuple[int, ...]:
+    """`asked`, or all that are known.
+
+    Args:
+        what: "layer" or "column", for messages.
+
+    Raises:
+        SelectionError: not integers, one that does not exist, twice the same, or none.
+    """
+    if asked is None:
+        return known
+    try:
+        found = tuple(operator.index(item) for item in asked)
+    except TypeError:
+        raise SelectionError(f"{what}s must be a list of integers, not {asked!r}") from None
+    for item in found:
+        if item not in known:
+            raise SelectionError(
+                f"{what} {item} does not exist; {what}s are {', '.join(map(str, known))}"
+            )
+    if not found or len(set(found)) < len(found):
+        raise SelectionError(f"{what}s must be named, each once: got {list(found)}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import build_synthetic, small_qwen
@@ -90,7 +94,7 @@ def test_verify_names_a_damaged_block(tmp_path):
         (["synth", "{empty}/t", "--family", "nope"], 2, "deepseek-v41"),
         (["synth", "{empty}/t", "--family", "deepseek-v41"], 2, "--tokenizer"),
         (["synth", "{empty}/t", "--family", "qwen4-exp", "--tokenizer", "x"], 2, "leave"),
-        (["synth", "{empty}/t", "--family", "qwen4-exp", "--row-format", "x"], 1, "nvfp4"),
+        (["synth", "{empty}/t", "--family", "qwen4-exp", "--row-format", "x"], 2, "nvfp4"),
         (["serve"], 2, "--table"),
         (["serve", "--table", "a"], 2, "NAME=PATH"),
         (["serve", "--table", "a={empty}", "--listen", "nope:x"], 2, "unix:PATH"),
@@ -114,3 +118,33 @@ def test_bench_prints_figures_with_checksums(v41_table):
     figures = json.loads(done.stdout)
     assert {figure["unit"] for figure in figures} == {"ns/token", "us", "rows/s"}
     assert all(re.fullmatch("[0-9a-f]{16}", figure["checksum"]) for figure in figures)
+
+
+def test_odd_names_are_printed_as_they_are(tmp_path):
+    spec = small_qwen()
+    path = tmp_path / "a[bold]b" / "x[-]"
+    path.parent.mkdir()
+    build_synthetic(path, spec, RowFormat("bf16", spec.dim))
+    shown = engram("inspect", path).stdout
+    assert str(path) in "".join(line.split(maxsplit=1)[-1] for line in shown.splitlines())
+    assert str(path) in engram("verify", path).stdout
+    assert engram("verify", path).stdout.count("\n") == 1
+
+
+def test_an_interrupt_says_so(tmp_path):
+    process = subprocess.Popen(
+        f"{sys.executable} -m engram synth {tmp_path}/t --family qwen4-exp --vocab-size 500000".split(),
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    while not list(tmp_path.glob(".t.*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "same command" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "t").exists()
+    shutil.rmtree(*tmp_path.glob(".t.*"))

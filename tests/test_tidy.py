@@ -24,6 +24,10 @@ FUNCTION_LINES_MAX = 70
 # What may import what; everything else of ours is refused. Leaves know nobody.
 LEAVES = {"errors", "rows", "_jit", "sizes"}
 ALLOWED = {
+    **{leaf: {"errors"} for leaf in LEAVES},
+    "_counters": set(),
+    "_background": set(),
+    "tiers": LEAVES | {"spec"},
     "proto": set(),
     "store": LEAVES | {"store"},
     "spec": LEAVES | {"spec", "store"},
@@ -113,9 +117,9 @@ def test_import_direction(path):
 
 @pytest.mark.parametrize("path", _product_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_model_code_imports_torch(path):
-    if _module(path) in ("nn", "integrations"):
+    if _module(path) in ("nn", "integrations") or path.name == "model.py":
         return
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
             assert not any(name.split(".")[0] in ("torch", "transformers") for name in names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 
@@ -53,7 +52,6 @@ def main() -> None:
     except EngramError as error:
         typer.echo(f"engram: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except BrokenPipeError:
-        # Whoever read our output left; Python's own flush at exit would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        typer.echo(f"engram: {error}; check the path and its permissions", err=True)
         sys.exit(1)

@@ -18,21 +18,35 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=False)
+console = Console(highlight=False)
 
 
 def announce_compilation() -> None:
     """Say why the first command after an installation is slow."""
-    from engram._jit import COMPILES
+    from engram._jit import CACHED, COMPILES
 
-    if COMPILES:
+    if not CACHED:
+        typer.echo(
+            "engram: compiling, at every start, because no cache directory is writable; "
+            "set ENGRAM_CACHE_DIR",
+            err=True,
+        )
+    elif COMPILES:
         typer.echo("engram: compiling for this machine, once; about ten seconds", err=True)
 
 
+TO_GO_ON = "; run the same command to go on where it stopped"
+
+
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str, if_interrupted: str = "") -> Iterator[Callable[[int, int], None]]:
     """A bar over bytes on standard error; silent when that is not a terminal.
+
+    Args:
+        what: a few words on the work.
+        if_interrupted: what to tell someone who stops it.
 
     Yields a function of (bytes done, bytes in all).
     """
@@ -40,7 +54,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     if errors.is_terminal:
         announce_compilation()
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description:.30}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
@@ -50,7 +64,12 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         transient=True,
     ) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except KeyboardInterrupt:
+            bar.stop()
+            typer.echo(f"engram: interrupted{if_interrupted}", err=True)
+            raise typer.Exit(130) from None
 
 
 def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
@@ -59,8 +78,10 @@ def print_facts(facts: Mapping[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(facts, indent=1))
         return
     grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
     for name, value in facts.items():
-        grid.add_row(f"[bold]{name.replace('_', ' ')}[/bold]", _plain(value))
+        grid.add_row(name.replace("_", " "), Text(_plain(value)))
     console.print(grid)
 
 

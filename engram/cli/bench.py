@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
 
             typer.echo(json.dumps([asdict(figure) for figure in figures], indent=1))
             return
-        grid = Grid("", "median", "least", "greatest", "unit", "checksum", title=f"{path}")
+        grid = Grid("", "median", "least", "greatest", "unit")
         for figure in figures:
             grid.add_row(
                 figure.what,
@@ -59,6 +59,7 @@ def register(app: typer.Typer) -> None:
                 f"{figure.least:,.1f}",
                 f"{figure.greatest:,.1f}",
                 figure.unit,
-                figure.checksum,
             )
         console.print(grid)
+        for figure in figures:
+            typer.echo(f"checksum {figure.checksum}  {figure.what}")

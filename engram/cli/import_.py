@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
         Example: engram import ./Qwen3.8-Flash-Next /srv/engram/qwen
         """
         from engram.checkpoint import open_checkpoint
-        from engram.cli._output import print_facts, progress_bar
+        from engram.cli._output import TO_GO_ON, print_facts, progress_bar
         from engram.cli.inspect import facts_of
         from engram.spec import NgramSpec
         from engram.store.readback import warm_up
@@ -36,6 +36,6 @@ def register(app: typer.Typer) -> None:
         warm_up()
         spec = NgramSpec.from_pretrained(source)
         schema, rows = open_checkpoint(source, spec)
-        with progress_bar(f"importing {destination.name}") as progress:
+        with progress_bar(f"importing {destination.name}", TO_GO_ON) as progress:
             build_table(destination, schema, rows, progress=progress)
         print_facts(facts_of(destination), as_json)

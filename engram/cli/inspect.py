@@ -24,7 +24,7 @@ def facts_of(path: Path) -> dict[str, Any]:
         "family": spec["family"],
         "layers": [layer for layer, _ in manifest.layers],
         "rows": [rows for _, rows in manifest.layers],
-        "orders": [spec["min_order"], spec["max_order"]],
+        "orders": list(range(spec["min_order"], spec["max_order"] + 1)),
         "heads": spec["heads"],
         "row_format": manifest.row_format.name,
         "dim": manifest.row_format.dim,

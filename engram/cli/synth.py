@@ -39,6 +39,8 @@ def spec_of(name: str, vocab_size: int | None, tokenizer: Path | None) -> NgramS
             raise ConfigError(
                 f"{name} needs the model's tokenizer: add --tokenizer path/to/tokenizer.json"
             )
+        if not tokenizer.exists():
+            raise ConfigError(f"--tokenizer {tokenizer} does not exist")
         parameters["tokenizer"] = tokenizer
     elif tokenizer is not None:
         raise ConfigError(f"{name} hashes raw token ids: leave --tokenizer out")
@@ -47,10 +49,13 @@ def spec_of(name: str, vocab_size: int | None, tokenizer: Path | None) -> NgramS
 
 def row_format_of(spec: NgramSpec, name: str | None) -> RowFormat:
     """The row format asked for, or the family's own; a global scale of 1 where one is needed."""
-    from engram.rows import RowFormat
+    from engram.errors import ConfigError
+    from engram.rows import ROW_FORMATS, RowFormat
     from engram.spec.families import family
 
     name = name or family(spec.family).row_format
+    if name not in ROW_FORMATS:
+        raise ConfigError(f"no row format {name!r}; choose one of {', '.join(ROW_FORMATS)}")
     return RowFormat(name, spec.dim, 1.0 if name in ("fp8", "nvfp4") else None)
 
 
@@ -84,7 +89,7 @@ def register(app: typer.Typer) -> None:
 
         Example: engram synth /tmp/t --family qwen4-exp --vocab-size 100000
         """
-        from engram.cli._output import print_facts, progress_bar
+        from engram.cli._output import TO_GO_ON, print_facts, progress_bar
         from engram.cli.inspect import facts_of
         from engram.ssd import schema_of
         from engram.store.synth import SyntheticSource
@@ -92,6 +97,6 @@ def register(app: typer.Typer) -> None:
 
         spec = spec_of(family, vocab_size, tokenizer)
         schema = schema_of(spec, row_format_of(spec, row_format))
-        with progress_bar(f"writing {destination.name}") as progress:
+        with progress_bar(f"writing {destination.name}", TO_GO_ON) as progress:
             build_table(destination, schema, SyntheticSource(schema, seed), progress=progress)
         print_facts(facts_of(destination), as_json)

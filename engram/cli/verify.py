@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
         Example: engram verify /srv/engram/qwen --json
         """
-        from engram.cli._output import console, progress_bar
+        from engram.cli._output import progress_bar
         from engram.store.verify import verify_table
 
         with progress_bar(f"verifying {path.name}") as progress:
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
         if as_json:
             typer.echo(json.dumps(report.to_dict(), indent=1))
         else:
+            # Plain lines, whatever their length: they are searched and cut by other programs.
             for line in report.lines():
-                console.print(line)
+                typer.echo(line)
         raise typer.Exit(0 if report.sound else 1)

@@ -88,6 +88,7 @@ def run(target: str, name: str, table_seed: int, tokens: int, steps: int, seed: 
     traffic = Traffic()
     with engram.connect(target, name) as table:
         documents = source_tokens(tokens, seed)
+        table.lookup(documents[0][:64])  # compiles what is compiled on first use
         for batch in batches(documents, table.spec.max_order - 1, steps, seed):
             began = time.perf_counter()
             rows = table.lookup(batch.tokens, batch.starts, batch.history)

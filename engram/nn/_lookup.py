@@ -12,6 +12,7 @@ from torch import nn
 from engram.errors import SelectionError, TokenError
 from engram.nn._dequantize import dequantize
 from engram.rows import RowFormat, Rows
+from engram.tiers import chosen
 
 if TYPE_CHECKING:
     from engram.table import Table
@@ -138,8 +139,8 @@ class EngramLookup(nn.Module):
         super().__init__()
         if not dtype.is_floating_point:
             raise SelectionError(f"embeddings need a floating dtype, not {dtype}")
-        self.layers = _selected("layer", layers, table.layers)
-        self.columns = _selected("column", columns, table.columns)
+        self.layers = chosen("layer", layers, table.layers)
+        self.columns = chosen("column", columns, table.columns)
         self.dtype = dtype
         self.device = None if device is None else torch.device(device)
         self._ref = TableRef(table)
@@ -203,7 +204,7 @@ class EngramEmbedding(nn.Module):
     Args:
         table: from `engram.open` or `engram.connect`.
         layer: model layer index, 0-based.
-        dtype, columns, device: as for `EngramLookup`, also on copies and pickles.
+        dtype, columns, device: as for `EngramLookup`.
 
     Raises:
         SelectionError: a layer or column that the table lacks, or a dtype that is not floating.
@@ -236,15 +237,3 @@ class EngramEmbedding(nn.Module):
         """Embed `tokens`; arguments and errors as for `EngramLookup.forward`."""
         rows: LayerRows = self.lookup(tokens, starts, history, dead)
         return rows[self.layer]
-
-
-def _selected(what: str, asked: Sequence[int] | None, known: Sequence[int]) -> tuple[int, ...]:
-    chosen = tuple(known) if asked is None else tuple(int(item) for item in asked)
-    for item in chosen:
-        if item not in known:
-            raise SelectionError(
-                f"{what} {item} does not exist in the table; its {what}s are {list(known)}"
-            )
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise SelectionError(f"{what}s must be named, each once: got {list(chosen)}")
-    return chosen
