@@ -82,8 +82,7 @@ class Link:
         require_own_grpc()
         seen = self._attempts
         with self._lock:
-            if self._closed:
-                raise UnavailableError("the table is closed; connect again")
+            self.require_open()
             if self.now.stream.usable:
                 return self.now
             if self._attempts > seen:
@@ -110,8 +109,17 @@ class Link:
         self.reconnects += 1
         if self._closed:  # by another thread, which closed the one before
             fresh.close()
-            raise UnavailableError("the table is closed; connect again")
+            self.require_open()
         return fresh
+
+    def require_open(self) -> None:
+        """Refuse to go on after `close`.
+
+        Raises:
+            UnavailableError: it was closed.
+        """
+        if self._closed:
+            raise UnavailableError("the table is closed; connect again")
 
     def close(self) -> None:
         """End it for good; safe to call twice."""

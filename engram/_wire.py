@@ -95,8 +95,18 @@ def error_of_call(error: Any, target: str) -> EngramError:
             f"the sidecar at {target} cannot be reached ({reason}); is 'engram serve' running?"
         )
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return OverloadError(f"the sidecar at {target} has no room ({details}); try again later")
+        return _exhausted(details, target)
     return ServiceError(f"the sidecar at {target} failed with {status.name}: {details}")
+
+
+def _exhausted(details: str, target: str) -> EngramError:
+    if "larger than max" in details:
+        # The same again would be refused again, so this is no overload.
+        return RequestError(
+            f"a message is over the limit of the sidecar at {target} or of this client "
+            f"({details}); ask for fewer rows at once"
+        )
+    return OverloadError(f"the sidecar at {target} has no room ({details}); try again later")
 
 
 class Failures:

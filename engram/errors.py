@@ -99,17 +99,30 @@ class RowIntegrityError(EngramError):
 
     @classmethod
     def of(
-        cls, failures: dict[int, Sequence[int]], table: str, cause: str = ""
+        cls,
+        failures: dict[int, Sequence[int]],
+        table: str,
+        cause: str = "",
+        *,
+        served: bool = False,
     ) -> RowIntegrityError:
-        """Build the message from the rows that failed in `table`, and why if that is known."""
+        """Build the message from the rows that failed in `table`, and why if that is known.
+
+        `table` is the path to verify or, if `served`, the name a sidecar serves it as.
+        """
         named = "; ".join(
             f"layer {layer} rows {', '.join(str(int(row)) for row in rows[:8])}"
             + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             for layer, rows in failures.items()
         )
+        verify = (
+            f"on the sidecar's host run 'engram verify' on the directory served as {table}"
+            if served
+            else f"run 'engram verify {table}'"
+        )
         return cls(
             f"{table}: rows could not be read intact ({named}{': ' if cause else ''}{cause}); "
-            f"run 'engram verify {table}' and import the table again if it lists damage",
+            f"{verify} and import the table again if it lists damage",
             failures,
             cause,
         )

@@ -66,7 +66,7 @@ class RemoteTier(Tier):
             self.name = table.name
             self.fingerprint = table.fingerprint
             self.spec = _spec_of(table)
-            self.row_format = _row_format_of(table)
+            self.row_format = _row_format_of(table, self.spec)
         except BaseException:
             connection.close()
             raise
@@ -122,7 +122,7 @@ class RemoteTier(Tier):
         failed = failures.rows
         self._counters.add(rows_read=len(places), rows_failed=sum(map(len, failed.values())))
         if failed:
-            raise RowIntegrityError.of(failed, self.name, failures.cause)
+            raise RowIntegrityError.of(failed, self.name, failures.cause, served=True)
 
     def _exchange(
         self, connection: Connection, parts: Iterable[_Part], out: Rows, places: Int64s
@@ -177,6 +177,7 @@ class RemoteTier(Tier):
 
     def prefetch(self, ngrams: Ngrams) -> None:
         require_own_grpc()
+        self._link.require_open()
         try:
             connection = self._link.connection()
         except ServiceError:
@@ -236,6 +237,12 @@ def _step(limits: pb.Limits, rows_each: int, bytes_each: int) -> int:
 
 
 def _spec_of(table: pb.GetTableResponse) -> NgramSpec:
+    if len(table.token_map) % 4:
+        raise SpecMismatchError(
+            f"the token map of {table.name} came as {len(table.token_map)} bytes, which are not "
+            "whole ids of 4; use versions of engram that match",
+            "token_map",
+        )
     token_map = np.frombuffer(table.token_map, "<i4").astype(np.int32) if table.token_map else None
     spec = NgramSpec.from_json(table.spec, token_map)
     if spec.digest != digest(table.spec.encode()):
@@ -253,9 +260,15 @@ def _spec_of(table: pb.GetTableResponse) -> NgramSpec:
     return spec
 
 
-def _row_format_of(table: pb.GetTableResponse) -> RowFormat:
+def _row_format_of(table: pb.GetTableResponse, spec: NgramSpec) -> RowFormat:
     packed = table.row_format
     scale = packed.global_scale if packed.HasField("global_scale") else None
+    if packed.dim != spec.dim:
+        raise SpecMismatchError(
+            f"the rows of {table.name} have {packed.dim} values, those of its spec {spec.dim}; "
+            "import the table again",
+            "dim",
+        )
     return RowFormat(packed.name, packed.dim, scale)
 
 

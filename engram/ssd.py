@@ -10,7 +10,7 @@ import numpy as np
 
 from engram._background import Background
 from engram._counters import Counters
-from engram.errors import RowIntegrityError, SpecMismatchError
+from engram.errors import RowIntegrityError, SpecMismatchError, StoreError
 from engram.rows import RowFormat, Rows
 from engram.spec import NgramSpec
 from engram.store.manifest import Schema
@@ -67,6 +67,7 @@ class SsdTier(Tier):
         )
         # A backlog means that reads cannot keep up: more hints would only arrive late.
         self._background = Background("engram-prefetch", PREFETCHES_PENDING_MAX)
+        self._closed = False
 
     def read(self, ngrams: Ngrams, selection: Selection, out: Rows, places: Int64s) -> None:
         layers, row_ids = self._rows_of(ngrams, selection)
@@ -96,6 +97,8 @@ class SsdTier(Tier):
             self._counters.add(ngrams_read=ngrams, rows_read=len(row_ids), rows_failed=failed)
 
     def prefetch(self, ngrams: Ngrams) -> None:
+        if self._closed:
+            raise StoreError(f"{self.name}: the table is closed; open it again")
         if self._background.submit(self._touch, ngrams):
             self._counters.add(prefetches=1)
         else:
@@ -111,5 +114,6 @@ class SsdTier(Tier):
         self._counters.check_integrity()
 
     def close(self) -> None:
+        self._closed = True
         self._background.close()
         self._reader.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engram.errors import RowIntegrityError
+from engram.errors import RowIntegrityError, StoreError
 from engram.store.synth import synthetic_rows
 from engram.tiers import Tier
 
@@ -27,6 +27,7 @@ class DictTier(Tier):
         self.prefetched = []
 
     def read(self, ngrams, selection, out, places):
+        self._require_open()
         wanted = []
         for window, order in zip(ngrams.windows, ngrams.orders, strict=True):
             for position in selection.layers:
@@ -42,6 +43,7 @@ class DictTier(Tier):
         self._write(wanted, out, places)
 
     def read_rows(self, layer, row_ids, out, places):
+        self._require_open()
         self._write([(self.spec.layer_ids[layer], int(row)) for row in row_ids], out, places)
 
     def _write(self, wanted, out, places):
@@ -59,7 +61,12 @@ class DictTier(Tier):
             raise RowIntegrityError.of(failures, self.name)
 
     def prefetch(self, ngrams):
+        self._require_open()
         self.prefetched.append(ngrams)
+
+    def _require_open(self):
+        if self.closed:
+            raise StoreError("the table is closed; open it again")
 
     def stats(self):
         return {"tier": "model"}

@@ -196,6 +196,16 @@ def _no_format(described):
     return described
 
 
+def _wider_rows(described):
+    described.row_format.dim *= 2
+    return described
+
+
+def _odd_map(described):
+    described.token_map = bytes(2047)
+    return described
+
+
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [
@@ -203,6 +213,8 @@ def _no_format(described):
         (_fewer_rows, "layers"),
         (_superfluous_map, "token map"),
         (_no_format, "fp7"),
+        (_wider_rows, "64 values, those of its spec 32"),
+        (_odd_map, "2047 bytes"),
     ],
 )
 def test_a_table_described_wrongly_is_refused(liar, spoil, word):

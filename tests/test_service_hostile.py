@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from sidecars import Sidecar, model_tier
 
 import engram
+from engram.errors import RequestError
 from engram.proto.v1 import engram_pb2 as pb
 from engram.proto.v1.engram_pb2_grpc import EngramStub
+from engram.remote import RemoteTier
+from engram.rows import Rows
 from engram.table import Table
 
 FINGERPRINT = f"{1:032x}"
@@ -159,6 +162,21 @@ def test_a_message_over_the_limit_ends_its_stream_only(stub):
     other.put(_ngrams())
     assert next(bystander).rows == 4
     other.put(None)
+
+
+def test_a_client_over_the_limit_learns_what_to_do_and_can_go_on(sidecar, monkeypatch):
+    tier = RemoteTier(sidecar.address)
+    ids = np.zeros(200_000, np.int64)
+    out = Rows.empty((1,), tier.row_format)
+    with monkeypatch.context() as patched:
+        patched.setattr("engram.remote._step", lambda *unused: len(ids))
+        with pytest.raises(RequestError, match="ask for fewer rows at once"):
+            tier.read_rows(0, ids, out, np.zeros_like(ids))
+    tier.read_rows(0, ids[:1], out, ids[:1])
+    assert np.array_equal(
+        out.values, Table(model_tier()).lookup_rows(tier.spec.layer_ids[0], [0]).values
+    )
+    tier.close()
 
 
 @pytest.mark.parametrize(

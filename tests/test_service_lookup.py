@@ -110,6 +110,8 @@ def test_damaged_rows_cross_the_wire_by_name(sidecar, damaged_rows):
         }
         assert {layer: set(rows) for layer, rows in caught.value.failures.items()} == expected
         assert "by design" in str(caught.value)
+        assert "on the sidecar's host" in str(caught.value)
+        assert "directory served as damaged" in str(caught.value)
         assert np.array_equal(out.values[~bad], sound.lookup(tokens).values[~bad])
         # The stream is none the worse for it.
         tokens = tokens[: np.flatnonzero(bad.any(axis=(1, 2)))[0]]

@@ -154,6 +154,7 @@ UNFIT = {
     "ids beyond int32": ({"vocab_size": 2**31, "token_map": None}, "vocab_size 2147483648"),
     "order zero": ({"min_order": 0}, r"orders 0\.\.2"),
     "orders that fall": ({"min_order": 3}, r"orders 3\.\.2"),
+    "orders of two bytes": ({"max_order": 256}, "max_order 256 is more than 255"),
     "no heads": ({"heads": 0}, "heads must be positive"),
     "no values": ({"dim": 0}, "dim must be positive"),
     "blocked id not canonical": ({"blocked_id": 4}, "blocked_id 4 is not one of the 4"),

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
-from conftest import small_v41
+from conftest import small_qwen, small_v41
 from dict_tier import DictTier
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engram
-from engram.errors import RowIntegrityError, SelectionError, TokenError
-from engram.rows import Rows
-from engram.ssd import SsdTier
+from engram.errors import (
+    RowIntegrityError,
+    SelectionError,
+    ServiceError,
+    SpecMismatchError,
+    StoreError,
+    TokenError,
+)
+from engram.rows import RowFormat, Rows
+from engram.ssd import SsdTier, schema_of
 from engram.store.manifest import read_manifest
+from engram.store.synth import SyntheticSource
+from engram.store.writer import build_table
 from engram.table import Table
 from engram.tiers import Ngrams, Selection
 
@@ -39,16 +49,18 @@ def _model(path):
 
 @pytest.fixture(scope="module", params=TIERS)
 def tier(request, v41_table):
-    if request.param == "model":
-        made = _model(v41_table)
-    elif request.param == "remote":
+    with contextlib.closing(_made(request.param, request, v41_table)) as made:
+        yield made
+
+
+def _made(kind, request, path):
+    if kind == "model":
+        return _model(path)
+    if kind == "remote":
         from engram.remote import RemoteTier
 
-        made = RemoteTier(request.getfixturevalue("sidecar_address"), "v41")
-    else:
-        made = SsdTier(v41_table, guard=request.param == "ssd-map")
-    with contextlib.closing(made):
-        yield made
+        return RemoteTier(request.getfixturevalue("sidecar_address"), "v41")
+    return SsdTier(path, guard=kind == "ssd-map")
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +229,9 @@ def test_a_buffer_of_the_callers_is_filled(tier):
         (SelectionError, "layer 2", {"tokens": [1], "layers": [2]}),
         (SelectionError, "each once", {"tokens": [1], "columns": [3, 3]}),
         (SelectionError, "each once", {"tokens": [1], "layers": []}),
+        (SelectionError, "integers", {"tokens": [1], "columns": [1.9, 2.2]}),
+        (SelectionError, "integers", {"tokens": [1], "layers": ["1"]}),
+        (SelectionError, "integers", {"tokens": [1], "layers": 1}),
     ],
 )
 def test_bad_lookups_get_one_line(tier, error, word, arguments):
@@ -273,3 +288,49 @@ def test_table_counts(v41_table):
     assert stats["ngrams_requested"] == 18
     assert stats["ngrams_unique"] == 3 + 4 + 5
     assert stats["tiers"][0]["rows_read"] == stats["ngrams_unique"] * 16
+
+
+@pytest.mark.parametrize("kind", TIERS)
+def test_a_closed_tier_refuses_everything_alike(kind, request, v41_table):
+    closed = _made(kind, request, v41_table)
+    selection = Selection.of(closed.spec)
+    ngrams = Ngrams(np.zeros((1, 4), np.int32), np.full(1, 4, np.int32))
+    rows = ngrams.row_count(selection)
+    out, places = _filled(rows, closed.row_format), np.arange(rows)
+    closed.read(ngrams, selection, out, places)
+    closed.close()
+    closed.close()
+    said = set()
+    for call in (
+        lambda: closed.read(ngrams, selection, out, places),
+        lambda: closed.read_rows(0, places, out, places),
+        lambda: closed.prefetch(ngrams),
+    ):
+        with pytest.raises((StoreError, ServiceError), match="closed") as caught:
+            call()
+        said.add((type(caught.value), str(caught.value)))
+    assert len(said) == 1
+
+
+def test_repeated_row_ids_survive_a_damaged_one(v41_table):
+    model = _model(v41_table)
+    ids = np.array([5, 6, 5, 7, 6, 7, 5])
+    sound = Table(model).lookup_rows(1, ids).packed()
+    model.damaged = {(1, 6)}
+    out = _filled(len(ids), model.row_format)
+    with pytest.raises(RowIntegrityError) as caught:
+        Table(model).lookup_rows(1, ids, out=out)
+    assert caught.value.failures == {1: (6,)}
+    assert np.array_equal(out.packed()[ids != 6], sound[ids != 6])
+
+
+def test_a_table_that_contradicts_its_spec_is_refused(tmp_path):
+    spec = small_qwen()
+    true = schema_of(spec, RowFormat("bf16", spec.dim))
+    (first, rows), *others = true.layers
+    for name, layers in (("rows", ((first, rows + 1), *others)), ("layers", tuple(others))):
+        schema = dataclasses.replace(true, layers=layers)
+        build_table(tmp_path / name, schema, SyntheticSource(schema), extent_blocks=16)
+        with pytest.raises(SpecMismatchError, match="its spec needs") as caught:
+            SsdTier(tmp_path / name)
+        assert caught.value.field == "layers"

@@ -109,14 +109,14 @@ def test_what_is_not_ours_is_internal():
 
 
 class _Ended:
-    def __init__(self, status, metadata=()):
-        self.status, self.metadata = status, metadata
+    def __init__(self, status, metadata=(), details="told so"):
+        self.status, self.metadata, self.words = status, metadata, details
 
     def code(self):
         return self.status
 
     def details(self):
-        return "told so"
+        return self.words
 
     def trailing_metadata(self):
         return self.metadata
@@ -134,3 +134,13 @@ def test_a_refusal_of_engrams_own_keeps_its_words():
     error = _wire.error_of_call(_Ended(grpc.StatusCode.NOT_FOUND, metadata), "unix:/s")
     assert type(error) is errors.UnknownTableError
     assert str(error) == "told so"
+
+
+def test_a_message_too_large_is_a_bad_request_and_no_overload():
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    large = "Received message larger than max (1600150 vs. 1048576)"
+    error = _wire.error_of_call(_Ended(status, details=large), "unix:/s")
+    assert type(error) is RequestError
+    assert "ask for fewer rows at once" in str(error)
+    error = _wire.error_of_call(_Ended(status, details="Concurrent RPC limit exceeded!"), "unix:/s")
+    assert type(error) is errors.OverloadError

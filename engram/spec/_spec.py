@@ -76,6 +76,8 @@ class NgramSpec:
             1 <= self.min_order <= self.max_order,
             f"orders {self.min_order}..{self.max_order} are not a range from 1 on",
         )
+        # An order crosses the wire as one byte.
+        _require(self.max_order <= 255, f"max_order {self.max_order} is more than 255")
         _require(self.heads >= 1, f"heads must be positive, not {self.heads}")
         _require(self.dim >= 1, f"dim must be positive, not {self.dim}")
         if self.token_map is not None:
