@@ -29,7 +29,7 @@ from engram.proto.v1.engram_pb2_grpc import add_EngramServicer_to_server
 from engram.rows import Rows
 from engram.service.config import Config, Limits, TlsConfig
 from engram.service.servicer import Servicer
-from engram.service.sockets import Address, SocketClaim, socket_mode
+from engram.service.sockets import Address, SocketClaim, require_free_port, socket_mode
 from engram.sizes import format_size
 from engram.tiers import Ngrams, Selection, Tier
 
@@ -89,6 +89,7 @@ class Server:
                 with socket_mode():
                     self._grpc.add_insecure_port(f"unix:{address.path}")
                 return address
+            require_free_port(address)
             place = f"{address.host}:{address.port}"
             if tls is None:
                 return Address(None, address.host, self._grpc.add_insecure_port(place))

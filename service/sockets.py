@@ -7,6 +7,7 @@ when the server ends: removing it would let two servers lock two files of one na
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engram._channel import SOCKET_PATH_BYTES_MAX, is_loopback, split_port
 from engram.errors import ConfigError
@@ -62,6 +64,45 @@ def parse_address(text: str | Address) -> Address:
             f"{SOCKET_PATH_BYTES_MAX}; use a shorter one"
         )
     return Address(path)
+
+
+def require_free_port(address: Address) -> None:
+    """Refuse a TCP address that cannot be bound, before gRPC tries and logs lines of its own.
+
+    Raises:
+        ConfigError: something listens there, the host is unknown or not this one, or the port
+            needs privileges.
+    """
+    try:
+        found = socket.getaddrinfo(address.host.strip("[]"), address.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {address}: {error.strerror}; check the host's name"
+        ) from None
+    tried = [_try_bind(family, place) for family, *_, place in found]
+    refused = [reason for reason in tried if reason is not None]
+    if any(reason.errno == errno.EADDRINUSE for reason in refused):
+        raise ConfigError(
+            f"port {address.port} on {address.host} is in use; "
+            "stop what listens there or choose another"
+        )
+    # A name may have addresses of a kind that this machine has not; one that works will do.
+    if len(refused) == len(found):
+        raise ConfigError(
+            f"cannot listen on {address}: {refused[0].strerror}; choose another host or port"
+        )
+
+
+def _try_bind(family: int, place: tuple[Any, ...]) -> OSError | None:
+    """Why `place` cannot be bound; None if it can."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As gRPC does: connections that a server before left behind are no obstacle.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        return error
+    return None
 
 
 class SocketClaim:

@@ -361,15 +361,54 @@ def test_a_lock_file_is_never_followed_elsewhere(tmp_path):
     assert victim.read_text() == "mine"
 
 
-def test_a_taken_tcp_port_is_refused(qwen_table):
+def test_a_taken_tcp_port_is_refused_and_grpc_adds_no_words(capfd):
     from engram.service.server import Server
     from engram.service.sockets import Address
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ConfigError, match="cannot listen on tcp"):
-            Server({"one": model_tier()}, (Address(None, "127.0.0.1", taken.getsockname()[1]),))
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"^port {port} on 127.0.0.1 is in use; stop what"):
+            Server({"one": model_tier()}, (Address(None, "127.0.0.1", port),))
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_a_host_that_is_not_this_one_is_refused(host):
+    from engram.service.server import Server
+    from engram.service.sockets import Address
+
+    with pytest.raises(ConfigError, match=f"cannot listen on tcp:{host}:0"):
+        Server({"one": model_tier()}, (Address(None, host, 0),))
+
+
+@pytest.mark.parametrize("probed", [True, False])
+def test_two_servers_never_share_a_tcp_port(probed, monkeypatch):
+    """Not even where both found it free: then the kernel must refuse the second."""
+    from engram.service import server
+    from engram.service.sockets import Address
+
+    first = server.Server({"one": model_tier()}, (Address(None, "127.0.0.1", 0),))
+    first.start()
+    if not probed:
+        monkeypatch.setattr(server, "require_free_port", lambda address: None)
+    with pytest.raises(ConfigError, match="in use" if probed else "cannot listen on tcp"):
+        server.Server({"two": model_tier()}, first.addresses)
+    first.stop()
+
+
+def test_the_port_of_a_server_that_ended_can_be_had_at_once(expected):
+    from engram.service import server
+
+    listen = (server.Address(None, "127.0.0.1", 0),)
+    for _ in range(2):
+        running = server.Server({"one": model_tier()}, listen)
+        running.start()
+        listen = running.addresses
+        with engram.connect(f"127.0.0.1:{listen[0].port}") as table:
+            assert np.array_equal(table.lookup(TOKENS).values, expected)
+            running.stop()
 
 
 def test_an_empty_stream_ends_in_order(sidecar):
