@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.qwen4_exp import modeling_qwen4_exp as qwen4_exp
 
 from engram.errors import ModelError, SpecMismatchError
+from engram.integrations._steps import SharedLookup
 from engram.integrations.transformers import load_offloaded, offload
 from engram.nn import dequantize
 from engram.rows import RowFormat
@@ -245,3 +246,23 @@ def test_saving_says_what_would_be_lost(tmp_path):
     assert not (tmp_path / "refused").exists()
     model.save_pretrained(tmp_path / "rest", state_dict=model.state_dict())
     assert torch.equal(logits(load_offloaded(tmp_path / "rest", table)), logits(resident))
+
+
+def test_a_state_that_was_changed_in_place_is_read_anew():
+    """A cache may keep one tensor for good and overwrite it, here even within a step."""
+    shared = SharedLookup(MemoryTable.of_model(causal_lm()), (0, 2))
+    before = torch.tensor([[20, 21], [22, 23]])
+    after = torch.tensor([[30, 31], [32, 33]])
+
+    def alone(state):
+        return shared.embeddings(0, IDS, {0: state}, torch.float32)
+
+    expected = [alone(before), alone(after)]
+    assert not torch.equal(*expected)
+    state = before.clone()
+    states = {0: state, 2: state}
+    shared.open(IDS, states)
+    assert torch.equal(shared.embeddings(0, IDS, states, torch.float32), expected[0])
+    state.copy_(after)
+    assert torch.equal(shared.embeddings(0, IDS, states, torch.float32), expected[1])
+    shared.close()
