@@ -12,7 +12,8 @@ follows from dtypes and companions of the tensor with the values, `X.weight`:
     U8 [R, dim/2]             X.absmax or X.weight.absmax, F32 [R]            nf4
 
 For shards, X includes the shard (`..shard_7.weight`, `..shard_7.absmax`); a global scale is one
-for all shards. Nothing else is accepted, and nothing is converted: rows are stored as they are.
+for all shards. Plain values beside a scale are refused. Nothing else is accepted, and nothing is
+converted: rows are stored as they are.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Finder:
         shards = []
         first_row = 0
         for tensor in values:
+            if row_format.name in _PLAIN.values():
+                self._refuse_scales(wanted, tensor)
             here = self._check_values(tensor, row_format)
             scales = self._scales(wanted, tensor, here, row_format)
             shards.append(Shard(first_row, here, tensor, scales))
@@ -159,6 +162,16 @@ class Finder:
             return RowFormat(name, self._dim, scale)
         except SpecError as error:
             raise CheckpointError(f"{values}: {error}") from None
+
+    def _refuse_scales(self, wanted: LayerTensors, values: Tensor) -> None:
+        """Rows of numbers that mean something only with a scale must not pass for plain ones."""
+        scales = self._one(wanted.global_scale) if wanted.global_scale else None
+        scales = scales or self._block_scales(values) or self._absmax(values)
+        if scales is not None:
+            raise CheckpointError(
+                f"{values} is {values.dtype} and needs no scale, yet {scales.name} is beside it; "
+                "import a checkpoint without it, or the quantized one it belongs to"
+            )
 
     def _accepted(self, wanted: LayerTensors) -> str:
         if wanted.scales:

@@ -100,6 +100,18 @@ REFUSED = {
     "negative scale": (fp8(put("weight_scale", "F32", -ONE)), r"finite and positive"),
     "infinite scale": (fp8(put("weight_scale", "F32", ONE * np.inf)), r"finite and positive"),
     "nan scale": (fp8(put("weight_scale", "F32", ONE * np.nan)), r"finite and positive"),
+    "plain values and a scale": (
+        bf16(put("weight_scale", "F32", ONE)),
+        r"shard_0\.weight .* is BF16 .*\.ngram_embedding\.weight_scale is beside it",
+    ),
+    "plain values and block scales": (
+        bf16(put("shard_3.weight_scale", "F8_E4M3", np.zeros((5, 2), np.uint8))),
+        r"shard_3\.weight .* is BF16 .*shard_3\.weight_scale is beside it",
+    ),
+    "plain values and maxima": (
+        bf16(put("shard_3.absmax", "F32", ONE)),
+        r"shard_3\.weight .* is BF16 .*shard_3\.absmax is beside it",
+    ),
     "many scales": (
         fp8(put("weight_scale", "F32", np.ones(16, np.float32))),
         r"weight_scale .*\[16\], expected one",
