@@ -43,7 +43,8 @@ def check_destination(destination: Path, needed_bytes: int) -> None:
     if os.path.lexists(destination):
         raise DestinationError(f"{destination} exists; remove it or choose another destination")
     parent = destination.parent
-    if not parent.is_dir():
+    # Unlike Path.is_dir this is False, too, where a name is too long.
+    if not os.path.isdir(parent):
         raise DestinationError(f"{parent} is not a directory; create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise DestinationError(f"{parent} cannot be written to by uid {os.geteuid()}")
@@ -67,9 +68,15 @@ def free_space(directory: Path) -> int:
 
 
 def _allocated(directory: Path) -> int:
-    if not directory.is_dir():
+    try:
+        return sum(entry.stat().st_blocks * 512 for entry in os.scandir(directory))
+    except (FileNotFoundError, NotADirectoryError):
         return 0
-    return sum(entry.stat().st_blocks * 512 for entry in os.scandir(directory))
+    except OSError as error:
+        raise DestinationError(
+            f"{directory}, in which the table would be made, cannot be used: {error.strerror}; "
+            "choose another destination"
+        ) from None
 
 
 def file_system_of(path: Path, mounts: str | None = None) -> str:

@@ -38,6 +38,14 @@ def test_destination_without_parent(tmp_path):
         build_table(tmp_path / "no" / "table", SCHEMA, array_source())
 
 
+@pytest.mark.parametrize("name", ["n" * 250, "n" * 300, "n" * 300 + "/table"])
+def test_names_that_are_too_long(tmp_path, name):
+    with pytest.raises(DestinationError, match=r"too long|is not a directory") as caught:
+        build_table(tmp_path / name, SCHEMA, array_source())
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_little_space_names_both_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(place, "free_space", lambda directory: 1234)
     with pytest.raises(DestinationError, match=r"has 1234 bytes free, the table needs \d{6,};"):
