@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engram.errors import CorruptTableError, StoreError
 from engram.store import datafile
-from engram.store.manifest import Manifest, Physical, read_manifest
+from engram.store.manifest import Extent, Manifest, Physical, read_manifest
 from engram.store.scrub import Damage, ExtentScrub
 
 DAMAGE_MAX = 100_000
@@ -137,24 +138,37 @@ def _scrub(
 ) -> None:
     scratch = threading.local()
 
-    def scrub(number: int) -> tuple[int, list[Damage]]:
+    def scrub(number: int) -> list[Damage]:
         if not hasattr(scratch, "scrub"):
             scratch.scrub = ExtentScrub(descriptor, manifest.layout, manifest.table_seed)
-        return number, scratch.scrub.run(
+        found: list[Damage] = scratch.scrub.run(
             number, manifest.extents[number], physical.extent_pages[number]
         )
+        return found
 
     total = sum(manifest.layout.value_bytes(extent.rows) for extent in manifest.extents)
-    found: dict[int, list[Damage]] = {}
     with ThreadPoolExecutor(threads, thread_name_prefix="engram-verify") as pool:
-        for future in as_completed([pool.submit(scrub, n) for n in range(len(manifest.extents))]):
-            number, damage = future.result()
-            found[number] = damage
-            extent = manifest.extents[number]
+        for extent, damage in _in_order(pool, scrub, manifest.extents, 2 * threads):
+            report.add(*damage)
             report.rows += extent.rows
             report.blocks += manifest.layout.blocks(extent.rows)
             report.bytes += manifest.layout.value_bytes(extent.rows)
             if progress is not None:
                 progress(report.bytes, total)
-    for number in sorted(found):
-        report.add(*found[number])
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    scrub: Callable[[int], list[Damage]],
+    extents: tuple[Extent, ...],
+    ahead_max: int,
+) -> Iterator[tuple[Extent, list[Damage]]]:
+    """Each extent with its damage; few are ahead, since a wholly damaged one lists every row."""
+    ahead: deque[tuple[Extent, Future[list[Damage]]]] = deque()
+    for number, extent in enumerate(extents):
+        ahead.append((extent, pool.submit(scrub, number)))
+        if len(ahead) > ahead_max:
+            done, future = ahead.popleft()
+            yield done, future.result()
+    for done, future in ahead:
+        yield done, future.result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -208,3 +209,26 @@ def test_the_list_is_bounded_but_everything_is_counted(table, monkeypatch):
     report = verify_table(table)
     assert (len(report.damage), report.damaged_places) == (3, 8)
     assert "and 5 more" in report.lines()
+
+
+def test_no_more_is_held_than_listed_and_a_few_extents(tmp_path, monkeypatch):
+    table = build(tmp_path / "t", extent_blocks=1)
+    extents = len(read_manifest(table)[0].extents)
+    for extent in range(extents):
+        flip(data_file(table), page(table, extent) + 30)
+    monkeypatch.setattr(verify, "DAMAGE_MAX", 3)
+    held: weakref.WeakSet[scrub.Damage] = weakref.WeakSet()
+    real = scrub.ExtentScrub.run
+
+    def run(self, *arguments):
+        found = real(self, *arguments)
+        held.update(found)
+        return found
+
+    monkeypatch.setattr(scrub.ExtentScrub, "run", run)
+    most = []
+    report = verify_table(table, threads=2, progress=lambda *_: most.append(len(held)))
+    assert report.damaged_places == extents == len(most)
+    assert [damage.extent for damage in report.damage] == [0, 1, 2]
+    assert extents > 20
+    assert max(most) <= 3 + 2 * 2 + 2
