@@ -1,8 +1,8 @@
 """Reading written extents back and seeing them to the device, behind the writer.
 
-Another process reads an extent back as soon as it is written, while its pages are in the page
-cache. Meanwhile the device writes; when it is done the pages are dropped, so that an import leaves
-the cache to those who need it, and the final sync has little left to do.
+Another process reads an extent back as soon as it is written, from the page cache and before any
+sync. Meanwhile the device writes; when it is done the pages are dropped, so that an import leaves
+the cache to those who need it, and the syncs, which come after, have little left to do.
 
 **What reading back proves.** That the file holds what was meant, by code that shares no memory
 with the writer: LMDB put every value whole where its tree says, and no buffer was used again too
@@ -66,7 +66,7 @@ class Follower:
             self._behind.popleft().result()
 
     def catch_up(self) -> None:
-        """Wait until all are read back, and raise their errors.
+        """Wait until all are read back and handed to the device, which the caller then syncs.
 
         Raises:
             CorruptTableError: rows read back differ from those written.

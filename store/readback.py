@@ -23,11 +23,10 @@ import xxhash
 
 from engram.errors import CorruptTableError, EngramError
 from engram.rows import Bytes
-from engram.store.datafile import check_structure, open_file
+from engram.store.datafile import check_structure, open_file, read_embedded
 from engram.store.layout import PAGE_BYTES, PAGE_HEADER_BYTES, BlockLayout
-from engram.store.manifest import MANIFEST_KEY, TOKEN_MAP_KEY, extent_key, read_manifest
+from engram.store.manifest import read_manifest
 from engram.store.pack import ALL_SOUND, unpack_rows
-from engram.store.tree import placed_values, read_meta
 
 PIECE_BLOCKS = 512
 """Blocks that are read and verified at once: 2 MiB, which stay in the processor's cache."""
@@ -71,7 +70,7 @@ class Readback:
         return str(self._ask({"extent": [page, layer, first_row, rows]}))
 
     def finish(self) -> None:
-        """Verify `table.json` against the data file, LMDB's own pages included.
+        """Verify `table.json` against the data file: LMDB's own pages, manifest and token map.
 
         Raises:
             CorruptTableError: they do not belong together.
@@ -201,21 +200,11 @@ class _Reader:
             os.close(descriptor)
 
     def finish(self) -> None:
+        """What opening the table does, so that none is published that cannot be opened."""
         manifest, physical = read_manifest(self._directory)
         with self._data_file() as descriptor:
             check_structure(descriptor, manifest, physical)
-            placed = list(placed_values(descriptor, read_meta(descriptor)))
-        found = [
-            (value.key, value.page)
-            for value in placed
-            if value.key not in (MANIFEST_KEY, TOKEN_MAP_KEY)
-        ]
-        expected = [
-            (extent_key(extent.layer, extent.first_row), page)
-            for extent, page in zip(manifest.extents, physical.extent_pages, strict=True)
-        ]
-        if found != expected:
-            raise CorruptTableError("LMDB's tree differs from the manifest")
+            read_embedded(descriptor, manifest, physical)
 
 
 def _fill(descriptor: int, into: Bytes, position: int) -> None:

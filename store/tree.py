@@ -21,6 +21,8 @@ _MAGIC = 0xBEEFC0DE
 _DATA_VERSION = 1
 _NO_ROOT = 2**64 - 1
 _DEPTH_MAX = 32
+_PAGES_MAX = 2**50
+"""More than any file has, and no offset beyond overflows."""
 
 _HEADER = struct.Struct("<QHHHH")
 _OVERFLOW_HEADER = struct.Struct("<QHHI")
@@ -60,7 +62,7 @@ class Meta:
 
 
 def _read(descriptor: int, page: int, count: int = PAGE_BYTES) -> bytes:
-    found = os.pread(descriptor, count, page * PAGE_BYTES)
+    found = os.pread(descriptor, count, page * PAGE_BYTES) if page < _PAGES_MAX else b""
     if len(found) != count:
         raise CorruptTableError(f"the data file ends inside page {page}; import the table again")
     return found
@@ -107,14 +109,28 @@ def last_value(descriptor: int, meta: Meta) -> PlacedValue | None:
     """The value of the largest key; errors as in `placed_values`."""
     if meta.root is None:
         return None
-    return next(_below(descriptor, meta.root, slice(-1, None), 0))
+    return next(_below(descriptor, meta.root, slice(-1, None), 0), None)
 
 
 def _below(descriptor: int, number: int, nodes: slice, depth: int) -> Iterator[PlacedValue]:
     page = _read(descriptor, number)
-    found, _, flags, lower, _ = _HEADER.unpack_from(page)
+    found, _, flags, _, _ = _HEADER.unpack_from(page)
     if found != number or flags & (_BRANCH | _LEAF) not in (_BRANCH, _LEAF) or depth > _DEPTH_MAX:
-        raise CorruptTableError(f"page {number} is not part of LMDB's tree; import the table again")
+        raise _not_in_tree(number)
+    try:
+        yield from _nodes(descriptor, number, page, nodes, depth)
+    except struct.error:  # An offset or a count that points outside the page.
+        raise _not_in_tree(number) from None
+
+
+def _not_in_tree(number: int) -> CorruptTableError:
+    return CorruptTableError(f"page {number} is not part of LMDB's tree; import the table again")
+
+
+def _nodes(
+    descriptor: int, number: int, page: bytes, nodes: slice, depth: int
+) -> Iterator[PlacedValue]:
+    _, _, flags, lower, _ = _HEADER.unpack_from(page)
     count = (lower - PAGE_HEADER_BYTES) // 2
     for offset in struct.unpack_from(f"<{count}H", page, PAGE_HEADER_BYTES)[nodes]:
         low, high, node_flags, key_bytes = _NODE.unpack_from(page, offset)

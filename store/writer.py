@@ -1,8 +1,12 @@
 """Making a table: rows in, one new directory out, or nothing at all.
 
 Three hands work at once, each on an extent of its own: one thread reads and packs the next one,
-the calling thread gives the current one to LMDB, and one thread sees the last ones to the device,
-where another process reads them back. Memory is that of a few extents, whatever the table.
+the calling thread gives the current one to LMDB, and one thread has another process read the last
+ones back and sees them to the device. Memory is that of a few extents, whatever the table.
+
+**When it is read back.** An extent as soon as LMDB has written it, so from the page cache and
+before any sync; manifest, token map and LMDB's own pages after the last sync and before the
+directory gets its name. So it proves what was written, not that the device keeps it.
 
 **Why it is safe.** LMDB runs without syncs, so until the last sync a power cut may leave anything
 in the private directory; nobody reads it before. After a failed commit or sync LMDB lets the next
@@ -68,9 +72,11 @@ def build_table(
 ) -> Manifest:
     """Make the table `destination` and return its manifest.
 
-    Nothing is visible at `destination` until every byte was synced and read back by another
-    process. An import that was killed goes on where it stopped, if schema and source are the
-    same and the machine was not restarted; otherwise it starts over.
+    Nothing is visible at `destination` until another process has read every extent back, from
+    the page cache as soon as it was written, until all was synced after that, and until that
+    process has accepted the whole as opening it would. An import that was killed goes on where
+    it stopped, if schema and source are the same and the machine was not restarted; otherwise it
+    starts over.
 
     Args:
         destination: directory to create.
@@ -151,6 +157,8 @@ class _Import:
         return manifest
 
     def _start_over(self) -> Journal:
+        # The journal first: killed in between, it must not speak of files that are gone.
+        (self._directory / JOURNAL_FILE).unlink(missing_ok=True)
         for entry in self._directory.iterdir():
             entry.unlink()
         self._open().close()
@@ -171,7 +179,7 @@ class _Import:
                 assert value.page is not None
                 digests.append(readback.extent(value.page, part.layer, part.first_row, part.rows))
                 self._report(len(digests))
-        except CorruptTableError:
+        except (CorruptTableError, FileNotFoundError):
             return None
         if tuple(digests[: len(journal.digests)]) != journal.digests:
             return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +16,10 @@ from table_files import rows_of
 from engram.errors import CheckpointError, CorruptTableError, SpecError, StoreError
 from engram.rows import RowFormat
 from engram.store import destination as place
-from engram.store import readback
+from engram.store import readback, writer
 from engram.store.checks import digest
 from engram.store.layout import BlockLayout
-from engram.store.manifest import Schema, read_manifest
+from engram.store.manifest import TOKEN_MAP_KEY, Schema, read_manifest
 from engram.store.pack import pack_rows_twin
 from engram.store.readback import Readback
 from engram.store.tree import placed_values, read_meta
@@ -204,6 +206,89 @@ def test_reading_process_that_is_killed_at_work(tmp_path, monkeypatch):
     with pytest.raises(CorruptTableError, match="reads the table back has died"):
         build_table(tmp_path / "table", SCHEMA, array_source())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["manifest", "token map"])
+def test_what_opening_would_refuse_is_not_published(tmp_path, monkeypatch, part):
+    """Both values lie in a leaf, so that no digest but the whole tree's covers them."""
+    real = writer._Import._write_rest
+
+    def spoil(self, environment, manifest):
+        if part == "manifest":
+            real(self, environment, replace(manifest, source={"kind": "another"}))
+            return
+        real(self, environment, manifest)
+        with environment.begin(write=True) as transaction:
+            transaction.put(TOKEN_MAP_KEY, np.arange(1, 21, dtype="<i4").tobytes())
+
+    monkeypatch.setattr(writer._Import, "_write_rest", spoil)
+    schema = Schema("{}", BF16, ((0, 10),), np.arange(20, dtype=np.int32))
+    with pytest.raises(CorruptTableError, match=f"could not be read back .*{part}"):
+        build_table(tmp_path / "table", schema, array_source(schema))
+    assert not list(tmp_path.iterdir())
+
+
+def interrupted(path):
+    """Leave an import into `path` that stopped after five of eight extents."""
+    seen = []
+
+    def interrupt(done, total):
+        seen.append(done)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_table(path, SCHEMA, array_source(), progress=interrupt, **RESUMABLE)
+    return place.private_path(path)
+
+
+RESUMABLE = {"extent_blocks": 16, "journal_bytes": 1}
+
+
+@pytest.mark.parametrize("where", [12, 16, "root"])
+def test_resume_over_garbage_starts_over(tmp_path, where):
+    """The root page's end of offsets, its first offset, or its number lead out of the file."""
+    data = interrupted(tmp_path / "table") / "data.mdb"
+    descriptor = os.open(data, os.O_RDWR)
+    root = read_meta(descriptor).root
+    if where == "root":
+        for meta in (0, 4096):
+            os.pwrite(descriptor, (2**60).to_bytes(8, "little"), meta + 128)
+    else:
+        os.pwrite(descriptor, b"\xff\xff", root * 4096 + where)
+    with pytest.raises(CorruptTableError):
+        list(placed_values(descriptor, read_meta(descriptor)))
+    os.close(descriptor)
+    assert_starts_over(tmp_path / "table")
+
+
+def test_resume_without_a_data_file_starts_over(tmp_path):
+    (interrupted(tmp_path / "table") / "data.mdb").unlink()
+    assert_starts_over(tmp_path / "table")
+
+
+def assert_starts_over(path):
+    seen = []
+    build_table(
+        path, SCHEMA, array_source(), progress=lambda done, _: seen.append(done), **RESUMABLE
+    )
+    assert len(seen) == 8
+    assert [entry.name for entry in path.parent.iterdir()] == ["table"]
+
+
+def test_starting_over_forgets_the_journal_first(tmp_path, monkeypatch):
+    private = interrupted(tmp_path / "table")
+    listed, unlink = Path.iterdir, Path.unlink
+
+    def kill_after(path, **options):
+        unlink(path, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(listed(path))))
+    monkeypatch.setattr(Path, "unlink", kill_after)
+    with pytest.raises(KeyboardInterrupt):
+        build_table(tmp_path / "table", SCHEMA, array_source(), table_seed=5)
+    assert os.listdir(private) == ["data.mdb"]
 
 
 def test_another_digest_than_the_sources_is_found(tmp_path, monkeypatch):
