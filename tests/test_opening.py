@@ -14,6 +14,7 @@ from store_tables import LAYERS, TOKEN_MAP, build, data_file, everything, expect
 from engram.errors import CorruptTableError, StoreError
 from engram.rows import RowFormat
 from engram.store import datafile
+from engram.store.layout import PAGE_BYTES
 from engram.store.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from engram.store.reader import StoreReader
 
@@ -187,3 +188,54 @@ def test_opening_reads_no_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(datafile.os, "pread", count)
     StoreReader(path, guard=False).close()
     assert read_bytes < data_file(path).stat().st_size / 10
+
+
+def test_extents_side_by_side_up_to_the_files_end(table):
+    manifest, physical = read_manifest(table)
+    sizes = [manifest.layout.blocks(extent.rows) for extent in manifest.extents]
+    pages = tuple(2 + sum(sizes[:number]) for number in range(len(sizes)))
+    end = pages[-1] + sizes[-1]
+    tight = replace(physical, extent_pages=pages, file_bytes=end * PAGE_BYTES)
+    assert datafile.spans(manifest, tight) == list(zip(pages, sizes, strict=True))
+    for wrong in (
+        {"file_bytes": (end - 1) * PAGE_BYTES},
+        {"extent_pages": (1, *pages[1:])},
+        {"extent_pages": (pages[0] + 1, *pages[1:])},
+        {"extent_pages": (*pages[:-1], pages[-1] - 1)},
+    ):
+        with pytest.raises(CorruptTableError, match="overlap or leave the file"):
+            datafile.spans(manifest, replace(tight, **wrong))
+
+
+def test_extents_that_are_not_the_layers_rows(table):
+    manifest, physical = read_manifest(table)
+    first, second, *others = manifest.extents
+    (layer, rows), *more = manifest.layers
+    for wrong in (
+        {"layers": ((layer, rows - 1), *more)},
+        {"layers": ((layer + 1, rows), *more)},
+        {"extents": (replace(first, rows=first.rows - 1), second, *others)},
+        {"extents": (second, first, *others)},
+    ):
+        with pytest.raises(CorruptTableError, match="do not add up"):
+            datafile.spans(replace(manifest, **wrong), physical)
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_file_with_fewer_pages_than_lmdb_uses(tmp_path, beyond):
+    path = build(tmp_path / "t")
+    manifest, physical = read_manifest(path)
+    with data_file(path).open("r+b") as file:
+        for meta in range(2):
+            file.seek(meta * PAGE_BYTES + 136)
+            file.write((physical.file_bytes // PAGE_BYTES - 1 + beyond).to_bytes(8, "little"))
+        file.flush()
+        found = datafile.tree_digest(
+            file.fileno(), physical.file_bytes, datafile.spans(manifest, physical)
+        )
+    write_manifest(path, manifest, replace(physical, tree_digest=found))
+    if beyond:
+        with pytest.raises(CorruptTableError, match=r"LMDB uses \d+ pages, the data file has \d+"):
+            StoreReader(path, guard=False)
+    else:
+        StoreReader(path, guard=False).close()
