@@ -16,7 +16,8 @@ class Background:
 
     Args:
         name: of the thread.
-        pending_max: functions that may wait or run; one more is refused.
+        pending_max: total size of the work that may wait or run; more is refused, unless nothing
+            else is there.
     """
 
     def __init__(self, name: str, pending_max: int) -> None:
@@ -28,22 +29,34 @@ class Background:
     def _renew(self) -> None:
         self._owner = os.getpid()
         self._executor: ThreadPoolExecutor | None = None
-        self._room = threading.BoundedSemaphore(self._pending_max)
+        self._pending = 0
         self._lock = threading.Lock()
 
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> bool:
-        """Queue `work(*arguments)`; False if there is no room, or after `close`."""
+    def submit(self, size: int, work: Callable[..., Any], *arguments: Any) -> bool:
+        """Queue `work(*arguments)` of `size`; False if there is no room, or after `close`."""
         if self._owner != os.getpid():
             self._renew()
-        room = self._room
         with self._lock:
-            if self._closed or not room.acquire(blocking=False):
+            if self._closed or (self._pending and self._pending + size > self._pending_max):
                 return False
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix=self._name)
-            future = self._executor.submit(work, *arguments)
-        future.add_done_callback(lambda _: room.release())
+            try:
+                future = self._executor.submit(work, *arguments)
+            except RuntimeError:  # no thread can be started now
+                return False
+            self._pending += size
+        future.add_done_callback(lambda _: self._done(size))
         return True
+
+    def _done(self, size: int) -> None:
+        with self._lock:
+            self._pending -= size
+
+    def check_integrity(self) -> None:
+        """Assert that what is pending adds up."""
+        with self._lock:
+            assert self._pending >= 0
 
     def close(self) -> None:
         """Drop what waits and end the thread; safe to call twice."""

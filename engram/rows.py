@@ -168,3 +168,5 @@ class Rows:
                 raise SelectionError(f"out.{name} must be uint8 {list(wanted)}, not {found}")
             if not (array.flags.c_contiguous and array.flags.writeable):
                 raise SelectionError(f"out.{name} must be C-contiguous and writable")
+        if self.scales is not None and np.may_share_memory(self.values, self.scales):
+            raise SelectionError("out.values and out.scales overlap; pass buffers of their own")

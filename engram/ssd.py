@@ -17,7 +17,9 @@ from engram.store.manifest import Schema
 from engram.store.reader import StoreReader
 from engram.tiers import Int64s, Ngrams, Selection, Tier
 
-PREFETCHES_PENDING_MAX = 64
+PENDING_NGRAMS_MAX = 1 << 18
+"""N-grams that may wait to be prefetched."""
+_TOUCHED_NGRAMS = 4096
 
 
 def schema_of(spec: NgramSpec, row_format: RowFormat) -> Schema:
@@ -66,7 +68,7 @@ class SsdTier(Tier):
             "ngrams_read", "rows_read", "rows_failed", "prefetches", "prefetches_dropped"
         )
         # A backlog means that reads cannot keep up: more hints would only arrive late.
-        self._background = Background("engram-prefetch", PREFETCHES_PENDING_MAX)
+        self._background = Background("engram-prefetch", PENDING_NGRAMS_MAX)
         self._closed = False
 
     def read(self, ngrams: Ngrams, selection: Selection, out: Rows, places: Int64s) -> None:
@@ -99,19 +101,24 @@ class SsdTier(Tier):
     def prefetch(self, ngrams: Ngrams) -> None:
         if self._closed:
             raise StoreError(f"{self.name}: the table is closed; open it again")
-        if self._background.submit(self._touch, ngrams):
+        if self._background.submit(len(ngrams), self._touch, ngrams):
             self._counters.add(prefetches=1)
         else:
             self._counters.add(prefetches_dropped=1)
 
     def _touch(self, ngrams: Ngrams) -> None:
-        self._reader.touch(*self._rows_of(ngrams, self._everything))
+        # In parts, so that a long prompt's row ids never stand in memory all at once.
+        for at in range(0, len(ngrams), _TOUCHED_NGRAMS):
+            part = slice(at, at + _TOUCHED_NGRAMS)
+            some = Ngrams(ngrams.windows[part], ngrams.orders[part])
+            self._reader.touch(*self._rows_of(some, self._everything))
 
     def stats(self) -> dict[str, Any]:
         return {"tier": "ssd", **self._counters.read()}
 
     def check_integrity(self) -> None:
         self._counters.check_integrity()
+        self._background.check_integrity()
 
     def close(self) -> None:
         self._closed = True

@@ -60,12 +60,18 @@ def read_of(request: pb.LookupRequest, tier: Tier, rows_max: int, piece_rows: in
             raise RequestError("the request names neither n-grams nor rows")
 
 
-def ngrams_of(packed: pb.Ngrams, tier: Tier) -> Ngrams:
-    """Check n-grams for `tier`.
+def prefetch_of(packed: pb.Ngrams, tier: Tier, rows_max: int) -> Ngrams:
+    """Check n-grams whose rows of all layers and columns are wanted.
 
     Raises:
-        RequestError: they are malformed.
+        RequestError: they are malformed, or have more rows than `rows_max`.
     """
+    ngrams = _ngrams(packed, tier)
+    _limit(ngrams.row_count(Selection.of(tier.spec)), rows_max)
+    return ngrams
+
+
+def _ngrams(packed: pb.Ngrams, tier: Tier) -> Ngrams:
     spec = tier.spec
     return unpack_ngrams(packed, spec.min_order, spec.max_order, spec.canonical_vocab_size)
 
@@ -79,7 +85,7 @@ def _read_ngrams(packed: pb.NgramLookup, tier: Tier, rows_max: int, piece_rows: 
         spec.min_order,
         spec.num_orders,
     )
-    ngrams = ngrams_of(packed.ngrams, tier)
+    ngrams = _ngrams(packed.ngrams, tier)
     rows = ngrams.row_count(selection)
     _limit(rows, rows_max)
     widest = len(selection.layers) * int(np.diff(selection.order_bounds).max())

@@ -10,7 +10,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from engram._channel import read_pem
 from engram.errors import ConfigError, RowIntegrityError
@@ -36,6 +36,7 @@ from engram.tiers import Ngrams, Selection, Tier
 SERVICE = pb.DESCRIPTOR.services_by_name["Engram"].full_name
 UNARY_WORKERS = 8
 """Threads for everything but Lookup streams, which hold one each."""
+REFLECTION_STREAMS_MAX = UNARY_WORKERS // 2
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -77,8 +78,9 @@ class Server:
         add_EngramServicer_to_server(self.servicer, self._grpc)  # type: ignore[no-untyped-call]
         self._health = health.HealthServicer(experimental_non_blocking=True)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection(
-            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            _BoundedReflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)),
+            self._grpc,
         )
         self.addresses = tuple(self._bind(address, tls) for address in listen)
 
@@ -109,6 +111,25 @@ class Server:
         self._health.enter_graceful_shutdown()
         self.servicer.drain()
         self._grpc.stop(self._limits.drain_seconds).wait()
+
+
+class _BoundedReflection(reflection.ReflectionServicer):  # type: ignore[misc]
+    """Reflection that can never hold all threads: each stream of it keeps one while it is open."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__(names)
+        self._room = threading.BoundedSemaphore(REFLECTION_STREAMS_MAX)
+
+    def ServerReflectionInfo(self, requests: Any, context: Any) -> Iterator[Any]:  # noqa: N802
+        if not self._room.acquire(blocking=False):
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{REFLECTION_STREAMS_MAX} reflection streams are open already; close one",
+            )
+        try:
+            yield from super().ServerReflectionInfo(requests, context)
+        finally:
+            self._room.release()
 
 
 def _credentials(tls: TlsConfig) -> Any:

@@ -22,7 +22,7 @@ from engram.errors import (
 from engram.proto.v1 import engram_pb2 as pb
 from engram.proto.v1.engram_pb2_grpc import EngramServicer
 from engram.rows import Rows
-from engram.service._requests import Piece, ngrams_of, read_of
+from engram.service._requests import Piece, prefetch_of, read_of
 from engram.service._stream import Answer, LookupStream
 from engram.tiers import Int64s, Tier
 
@@ -95,7 +95,7 @@ class Servicer(EngramServicer):
     def Prefetch(self, request: pb.PrefetchRequest, context: Any) -> pb.PrefetchResponse:  # noqa: N802
         try:
             tier = self.tier(request.table, request.fingerprint)
-            tier.prefetch(ngrams_of(request.ngrams, tier))
+            tier.prefetch(prefetch_of(request.ngrams, tier, self.rows_max))
         except EngramError as error:
             _abort(context, error)
         return pb.PrefetchResponse(boot_id=self.boot_id)

@@ -13,25 +13,26 @@ from engram.errors import RowIntegrityError, SpecMismatchError
 
 def test_work_runs_and_its_queue_is_bounded():
     go, ran = threading.Event(), []
-    background = Background("test", 3)
-    assert background.submit(go.wait)
-    assert background.submit(ran.append, 1)
-    assert background.submit(ran.append, 2)
-    assert not background.submit(ran.append, 3)
+    background = Background("test", 5)
+    assert background.submit(9, go.wait), "alone, work of any size is taken"
+    assert not background.submit(1, ran.append, 1)
     go.set()
-    while not background.submit(ran.append, 4):
+    done = threading.Event()
+    while not background.submit(2, ran.append, 2):
         pass
+    assert background.submit(2, done.set)
+    assert done.wait(20)
     background.close()
     background.close()
-    assert ran[:2] == [1, 2]
-    assert 3 not in ran
-    assert not background.submit(ran.append, 5)
+    background.check_integrity()
+    assert ran == [2]
+    assert not background.submit(1, ran.append, 3)
 
 
 def test_failing_work_gives_its_room_back():
     background = Background("test", 1)
     for _ in range(20):
-        while not background.submit(lambda: 1 / 0):
+        while not background.submit(1, lambda: 1 / 0):
             pass
     background.close()
 
@@ -54,13 +55,13 @@ def in_child(work):
 def test_a_forked_child_has_background_work_and_counters_of_its_own():
     background, counters = Background("test", 1), Counters("a")
     go = threading.Event()
-    assert background.submit(go.wait)
+    assert background.submit(1, go.wait)
 
     def work():
         done = threading.Event()
         counters.add(a=1)
         assert counters.read() == {"a": 1}
-        assert background.submit(done.set)
+        assert background.submit(1, done.set)
         assert done.wait(10)
 
     with counters._lock:  # as if another thread were adding

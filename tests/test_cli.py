@@ -133,7 +133,8 @@ def test_odd_names_are_printed_as_they_are(tmp_path):
 
 def test_an_interrupt_says_so(tmp_path):
     process = subprocess.Popen(
-        f"{sys.executable} -m engram synth {tmp_path}/t --family qwen4-exp --vocab-size 500000".split(),
+        f"{sys.executable} -m engram synth {tmp_path}/t --family qwen4-exp "
+        "--vocab-size 500000".split(),
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

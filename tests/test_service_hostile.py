@@ -249,3 +249,28 @@ def test_mutated_requests_get_one_final_reply_each_or_end_the_call(stub, data):
     replies = list(stub.Lookup(iter([request]), timeout=20))
     assert [reply.last for reply in replies] == [True]
     assert replies[0].request_id == request.request_id
+
+
+def test_open_reflection_streams_leave_room_for_others(sidecar):
+    with grpc.insecure_channel(sidecar.address) as channel:
+        ask = channel.stream_stream(
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+        )
+        held = SimpleQueue()
+        calls = [ask(iter(held.get, None)) for _ in range(100)]
+        with engram.connect(sidecar.address, timeout_s=10) as table:
+            assert table.lookup(TOKENS).shape == (30, 2, 16)
+        refused = [call for call in calls if call.done()]
+        assert refused
+        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        for call in calls:
+            call.cancel()
+
+
+def test_a_prefetch_of_too_many_rows_is_refused(stub):
+    count = 2000 // 16 + 1
+    ngrams = pb.Ngrams(orders=bytes([2]) * count, ids=_int32(*range(2 * count)))
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Prefetch(pb.PrefetchRequest(table="model", fingerprint=FINGERPRINT, ngrams=ngrams))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "2000" in caught.value.details()

@@ -253,6 +253,9 @@ def test_bad_row_ids_get_one_line(tier, ids):
         lambda rows: Rows(rows.values, None),
         lambda rows: Rows(rows.values.astype(np.int8), rows.scales),
         lambda rows: Rows(rows.values[:, ::-1], rows.scales),
+        lambda rows: Rows(
+            rows.values, rows.values.reshape(-1)[: rows.scales.size].reshape(rows.scales.shape)
+        ),
     ],
 )
 def test_bad_buffers_are_refused(tier, spoil):
