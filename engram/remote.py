@@ -183,7 +183,8 @@ class RemoteTier(Tier):
         except ServiceError:
             self._counters.add(prefetches_dropped=1)
             return
-        step = _step(connection.table.limits, self.spec.num_columns, 1 + 4 * self.spec.max_order)
+        rows_each = len(self.spec.layers) * self.spec.heads
+        step = _step(connection.table.limits, rows_each, 1 + 4 * self.spec.max_order)
         for at in range(0, len(ngrams), step):
             if self._prefetch_room.acquire(blocking=False):
                 self._counters.add(prefetches=1)

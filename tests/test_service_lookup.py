@@ -20,7 +20,8 @@ import engram
 from engram.errors import RowIntegrityError, UnavailableError, UnknownTableError
 from engram.remote import RemoteTier
 from engram.rows import Rows
-from engram.service._requests import ngrams_of
+from engram.service._requests import prefetch_of
+from engram.service.config import Limits
 from engram.service.server import Server
 from engram.service.sockets import parse_address
 from engram.table import Table
@@ -289,6 +290,19 @@ def test_prefetch_brings_the_ngrams_to_the_sidecar(own_server):
         table._tier.check_integrity()
 
 
+def test_prefetches_are_cut_to_what_the_sidecar_takes(tmp_path):
+    """With more layers than orders, an n-gram has more rows than the spec has columns."""
+    tier = model_tier(ple_layer_ids=[1, 2, 3])
+    address = parse_address(f"unix:{tmp_path}/s.sock")
+    server = Server({"model": tier}, (address,), Limits(request_rows=2000))
+    server.start()
+    with engram.connect(str(address)) as table:
+        table.prefetch(np.arange(300))
+        _until(lambda: sum(map(len, tier.prefetched)) == 600)
+        assert table.stats()["tiers"][0]["prefetches_dropped"] == 0
+    server.stop()
+
+
 def test_prefetch_never_fails_for_a_sidecar_that_is_gone(tmp_path, qwen_table):
     with Sidecar(tmp_path / "s.sock", {"qwen": qwen_table}) as running:
         table = engram.connect(running.address)
@@ -330,7 +344,7 @@ def test_packed_ngrams_mean_the_same_on_both_sides(own_server):
 
     orders = np.tile(np.array([2, 3], np.int32), 10)
     windows[orders == 2, 2] = -1
-    unpacked = ngrams_of(pack_ngrams(Ngrams(windows, orders)), tier)
+    unpacked = prefetch_of(pack_ngrams(Ngrams(windows, orders)), tier, 1000)
     assert np.array_equal(unpacked.windows, windows)
     assert np.array_equal(unpacked.orders, orders)
 
