@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engram.store.checks import digest
 from engram.store.destination import sync_path
+from engram.store.files import read_regular
 
 JOURNAL_FILE = "journal.json"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -46,7 +48,8 @@ class Journal:
     def write(self, directory: Path) -> None:
         """Replace the journal in one step; it is on the device afterwards."""
         fresh = directory / f"{JOURNAL_FILE}.new"
-        fresh.write_text(json.dumps(asdict(self)))
+        body = asdict(self)
+        fresh.write_text(json.dumps({"digest": _digest(body), **body}))
         sync_path(fresh)
         os.replace(fresh, directory / JOURNAL_FILE)
         sync_path(directory)
@@ -55,12 +58,16 @@ class Journal:
     def read(cls, directory: Path) -> Journal | None:
         """The journal found there, or None where there is none that can be read."""
         try:
-            fields = json.loads((directory / JOURNAL_FILE).read_bytes())
-            return cls(
-                dict(fields["identity"]),
-                str(fields["boot"]),
-                tuple(str(each) for each in fields["digests"]),
-                int(fields["previous"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError):
+            fields = json.loads(read_regular(directory / JOURNAL_FILE))
+            if fields.pop("digest") != _digest(fields):
+                return None
+            found = cls(**{**fields, "digests": tuple(fields["digests"])})
+            if not (type(found.previous) is int and 0 <= found.previous <= len(found.digests)):
+                return None
+            return found
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return digest(json.dumps(body, sort_keys=True).encode())

@@ -8,9 +8,11 @@ proves the LMDB pages sound before LMDB looks at them.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ import numpy.typing as npt
 from engram.errors import CorruptTableError, EngramError, StoreError
 from engram.rows import RowFormat
 from engram.store.checks import digest
-from engram.store.layout import BlockLayout
+from engram.store.files import read_regular
+from engram.store.layout import PAGE_BYTES, PAGE_HEADER_BYTES, BlockLayout
 
 FORMAT_VERSION = 1
 DATA_FILE = "data.mdb"
@@ -28,6 +31,13 @@ MANIFEST_KEY = b"\xff\xff\xff\xff" + b"manifest"
 TOKEN_MAP_KEY = b"\xff\xff\xff\xff" + b"token_map"
 
 _EXTENT_KEY = struct.Struct(">IQ")
+_LAYER_LIMIT = 2**31
+_ROW_LIMIT = 2**62
+_BLOCK_LIMIT = 2**31
+_BYTE_LIMIT = 2**63
+_TOKEN_MAP_LIMIT = 2**33
+_DEPTH_MAX = 16
+_DIGEST = re.compile("[0-9a-f]{32}")
 
 
 def extent_key(layer: int, first_row: int) -> bytes:
@@ -113,34 +123,51 @@ class Manifest:
         }
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Manifest:
+    def from_dict(cls, fields: Any) -> Manifest:
         """Rebuild from `to_dict`.
 
         Raises:
             StoreError: another format version.
             CorruptTableError: a field is missing or malformed, or the fingerprint disagrees.
         """
-        version = fields.get("format_version")
-        if version != FORMAT_VERSION:
+        version = fields.get("format_version") if isinstance(fields, dict) else None
+        if type(version) is int and version != FORMAT_VERSION:
             raise StoreError(
-                f"table format version {version} cannot be read; this engram reads version "
+                f"table format version {short(version)} cannot be read; this engram reads version "
                 f"{FORMAT_VERSION}: import the table again or use a matching engram"
             )
         try:
-            manifest = cls(
-                spec=str(fields["spec"]),
-                row_format=RowFormat.from_dict(fields["row_format"]),
-                layers=tuple((int(layer), int(rows)) for layer, rows in fields["layers"]),
-                token_map_digest=fields["token_map_digest"],
-                table_seed=int(fields["table_seed"]),
-                extent_blocks=int(fields["extent_blocks"]),
-                extents=tuple(Extent(*extent) for extent in fields["extents"]),
-                source=dict(fields["source"]),
-            )
-        except (KeyError, TypeError, ValueError, EngramError) as error:
+            manifest = cls._parsed(fields)
+        except (ValueError, OverflowError, EngramError) as error:
             raise CorruptTableError(f"the manifest is malformed ({error}); import again") from None
-        if manifest.fingerprint != fields.get("fingerprint"):
+        if manifest.fingerprint != fields["fingerprint"]:
             raise CorruptTableError("the manifest's fingerprint disagrees with its content")
+        return manifest
+
+    @classmethod
+    def _parsed(cls, fields: Any) -> Manifest:
+        names = {"format_version", "fingerprint", *cls.__dataclass_fields__}
+        _object(fields, names)
+        _integer(fields["format_version"], FORMAT_VERSION, FORMAT_VERSION + 1)
+        _shallow(fields["source"])
+        layers = tuple(_layer(each) for each in _list(fields["layers"]))
+        mapped = fields["token_map_digest"]
+        seen = [layer for layer, _ in layers]
+        if not seen or seen != sorted(set(seen)):
+            raise ValueError("its layers are not in ascending order")
+        manifest = cls(
+            spec=_text(fields["spec"]),
+            row_format=_row_format(fields["row_format"]),
+            layers=layers,
+            token_map_digest=None if mapped is None else _digest(mapped),
+            table_seed=_integer(fields["table_seed"], 0, 2**64),
+            extent_blocks=_integer(fields["extent_blocks"], 1, _BLOCK_LIMIT),
+            extents=tuple(_extent(each) for each in _list(fields["extents"])),
+            source=_object(fields["source"]),
+        )
+        # Before anybody lists them: a layer can claim more than fit any memory.
+        if sum(manifest.layout.extents(rows) for _, rows in layers) != len(manifest.extents):
+            raise ValueError("its extents do not add up to its layers")
         return manifest
 
 
@@ -162,6 +189,103 @@ class Physical:
     token_map_bytes: int
     tree_digest: str
 
+    @classmethod
+    def from_dict(cls, fields: Any) -> Physical:
+        """Rebuild from a dictionary of the attributes.
+
+        Raises:
+            CorruptTableError: one is missing, malformed or outside the file.
+        """
+        try:
+            return cls._parsed(fields)
+        except ValueError as error:
+            raise CorruptTableError(
+                f"{MANIFEST_FILE} is malformed ({error}); import the table again"
+            ) from None
+
+    @classmethod
+    def _parsed(cls, fields: Any) -> Physical:
+        _object(fields, set(cls.__dataclass_fields__))
+        size = _integer(fields["file_bytes"], 0, _BYTE_LIMIT)
+        pages = size // PAGE_BYTES + 1
+        place, length = fields["token_map_page"], fields["token_map_bytes"]
+        found = cls(
+            file_bytes=size,
+            extent_pages=tuple(_integer(each, 0, pages) for each in _list(fields["extent_pages"])),
+            token_map_page=None if place is None else _integer(place, 0, pages),
+            token_map_bytes=_integer(length, 0, _TOKEN_MAP_LIMIT),
+            tree_digest=_digest(fields["tree_digest"]),
+        )
+        if place is not None and place * PAGE_BYTES + PAGE_HEADER_BYTES + length > size:
+            raise ValueError("the token map leaves the file")
+        return found
+
+
+def _object(value: Any, names: set[str] | None = None) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{short(value)} is not an object")
+    if names is not None and set(value) != names:
+        raise ValueError(f"missing or unknown: {short(sorted(set(value) ^ names))}")
+    return value
+
+
+def _list(value: Any, length: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or length not in (None, len(value)):
+        raise ValueError(f"{short(value)} is not a list of {length or 'any'} entries")
+    return value
+
+
+def _integer(value: Any, low: int, limit: int) -> int:
+    if type(value) is not int or not low <= value < limit:
+        raise ValueError(f"{short(value)} is not an integer from {low} to {limit - 1}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{short(value)} is not a text")
+    value.encode()  # A lone surrogate is a ValueError, too.
+    return value
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise ValueError(f"{short(value)} is not a digest")
+    return value
+
+
+def _shallow(value: Any, depth: int = 0) -> None:
+    """Refuse what is nested so deep that copying it could exhaust the stack."""
+    if depth > _DEPTH_MAX:
+        raise ValueError("it is nested too deep")
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _shallow(each, depth + 1)
+
+
+def _layer(value: Any) -> tuple[int, int]:
+    layer, rows = _list(value, 2)
+    return _integer(layer, 0, _LAYER_LIMIT), _integer(rows, 1, _ROW_LIMIT)
+
+
+def _extent(value: Any) -> Extent:
+    layer, first_row, rows, found = _list(value, 4)
+    return Extent(
+        _integer(layer, 0, _LAYER_LIMIT),
+        _integer(first_row, 0, _ROW_LIMIT),
+        _integer(rows, 1, _ROW_LIMIT),
+        _digest(found),
+    )
+
+
+def _row_format(value: Any) -> RowFormat:
+    fields = _object(value, {"name", "dim", "global_scale"})
+    scale = fields["global_scale"]
+    if scale is not None and type(scale) not in (int, float):
+        raise ValueError(f"{short(scale)} is not a scale")
+    _integer(fields["dim"], 1, _BLOCK_LIMIT)
+    return RowFormat(_text(fields["name"]), fields["dim"], scale)
+
 
 def write_manifest(directory: Path, manifest: Manifest, physical: Physical) -> None:
     """Write `table.json`; the caller syncs the directory."""
@@ -180,7 +304,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, Physical]:
     """
     path = directory / MANIFEST_FILE
     try:
-        whole = json.loads(path.read_bytes())
+        whole = json.loads(read_regular(path))
         found = whole.pop("digest")
         text = json.dumps(whole, sort_keys=True, separators=(",", ":"))
     except FileNotFoundError:
@@ -192,11 +316,8 @@ def read_manifest(directory: Path) -> tuple[Manifest, Physical]:
         raise StoreError(
             f"{path} cannot be read: {error.strerror}; check its permissions"
         ) from None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CorruptTableError(f"{path} is damaged; import the table again") from None
     if found != digest(text.encode()):
         raise CorruptTableError(f"{path} does not match its own digest; import the table again")
-    manifest = Manifest.from_dict(whole["manifest"])
-    fields = dict(whole["physical"])
-    fields["extent_pages"] = tuple(fields["extent_pages"])
-    return manifest, Physical(**fields)
+    return Manifest.from_dict(whole.get("manifest")), Physical.from_dict(whole.get("physical"))

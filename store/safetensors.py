@@ -5,7 +5,8 @@ the expense of everything else there. So pieces are read into buffers, asked for
 from the cache behind.
 
 The format is that of https://github.com/huggingface/safetensors: a length (u64), that many bytes
-of JSON, then the tensors' bytes.
+of JSON, then the tensors' bytes: all of them, each once. A file is held to it strictly, because
+offsets that stray give rows that are somebody else's.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import Any
 
 from engram.errors import CheckpointError
 from engram.rows import Bytes
+from engram.store.files import open_regular, read_regular
 
 INDEX_FILE = "model.safetensors.index.json"
 _HEADER_BYTES_MAX = 100_000_000
+_SIZE_LIMIT = 2**63
+_RANK_MAX = 64
 _LENGTH_BYTES = 8
 _AHEAD_BYTES = 4 << 20
 _PAGE_BYTES = 4096
@@ -80,6 +84,8 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
         )
     found: dict[str, Tensor] = {}
     for path in paths:
+        if not path.name.isprintable():
+            raise CheckpointError(f"{directory} has a file {path.name!r}; give it a plain name")
         for tensor in read_header(path):
             if names is not None and tensor.name not in names[path]:
                 continue
@@ -93,7 +99,7 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
         absent = sorted(expected.difference(found))
         if absent:
             raise CheckpointError(
-                f"{path} lacks tensor {absent[0]}, which {index} puts there; download it again"
+                f"{path} lacks tensor {absent[0]!r}, which {index} puts there; download it again"
             )
     return found
 
@@ -101,16 +107,35 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
 def _indexed_files(index: Path) -> dict[Path, set[str]]:
     """Tensor names by file, as the index has them."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        entries = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        weight_map = _load(read_regular(index))["weight_map"]
+        entries = list(weight_map.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index} is not an index of tensors; download it again") from None
     files: dict[Path, set[str]] = {}
     for name, file in entries:
-        if Path(file).name != file:
+        if not isinstance(file, str) or not file.isprintable() or Path(file).name != file:
             raise CheckpointError(f"{index} names {file!r}, which is not a file beside it")
         files.setdefault(index.parent / file, set()).add(name)
     return files
+
+
+def _load(text: bytes) -> dict[str, Any]:
+    """A JSON object in which no name stands twice.
+
+    Raises:
+        ValueError, RecursionError: it is anything else.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            raise ValueError("a name stands twice")
+        return fields
+
+    fields = json.loads(text.decode(), object_pairs_hook=once)
+    if not isinstance(fields, dict):
+        raise ValueError("not an object")
+    return fields
 
 
 def read_header(path: Path) -> list[Tensor]:
@@ -120,7 +145,7 @@ def read_header(path: Path) -> list[Tensor]:
         CheckpointError: missing, truncated or malformed.
     """
     try:
-        with path.open("rb") as stream:
+        with open(open_regular(path), "rb") as stream:
             status = os.fstat(stream.fileno())
             prefix = stream.read(_LENGTH_BYTES)
             length = int.from_bytes(prefix, "little")
@@ -142,20 +167,53 @@ def read_header(path: Path) -> list[Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     file = TensorFile(path, status.st_size, status.st_mtime_ns)
     try:
-        entries = dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise CheckpointError(f"{path} has a malformed header; download it again") from None
+        entries = _load(text)
+    except (ValueError, RecursionError) as error:
+        problem = str(error) or type(error).__name__
+        raise CheckpointError(
+            f"{path} has a malformed header ({problem}); download it again"
+        ) from None
     entries.pop("__metadata__", None)
-    return [_tensor(file, data_start, name, entry) for name, entry in entries.items()]
+    tensors = [_tensor(file, data_start, name, entry) for name, entry in entries.items()]
+    _check_contiguous(file, data_start, tensors)
+    return tensors
+
+
+def _check_contiguous(file: TensorFile, data_start: int, tensors: list[Tensor]) -> None:
+    """Require that every byte after the header belongs to one tensor, as the format demands."""
+    end = data_start
+    for tensor in sorted(tensors, key=lambda each: (each.start, each.count)):
+        if tensor.start != end:
+            raise CheckpointError(
+                f"{tensor} begins at byte {tensor.start}, but the bytes before it end at {end}; "
+                "download the file again"
+            )
+        end += tensor.count
+    if end != file.size:
+        raise CheckpointError(
+            f"{file.path} has {file.size - end} bytes that are no tensor's; download it again"
+        )
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or len(values) > _RANK_MAX:
+        raise ValueError
+    if any(type(each) is not int or abs(each) >= _SIZE_LIMIT for each in values):
+        raise ValueError
+    return tuple(values)
 
 
 def _tensor(file: TensorFile, data_start: int, name: str, entry: Any) -> Tensor:
     try:
-        dtype = str(entry["dtype"])
-        shape = tuple(int(size) for size in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        dtype = entry["dtype"]
+        shape = _sizes(entry["shape"])
+        begin, end = _sizes(entry["data_offsets"])
+        if not (isinstance(dtype, str) and dtype.isprintable() and name.isprintable()):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file.path}: header of {name} is malformed") from None
+        raise CheckpointError(
+            f"{file.path}: header of {name!r} is malformed; download the file again"
+        ) from None
     # An unknown dtype may belong to a tensor that nobody asks for; its extent still has to fit.
     item_bytes = _ITEM_BYTES.get(dtype)
     expected = None if item_bytes is None else math.prod(shape) * item_bytes
@@ -186,7 +244,7 @@ def read_tensor(tensor: Tensor, first_byte: int, out: Bytes, *, streaming: bool 
     if first_byte + out.nbytes > tensor.count:
         raise CheckpointError(f"{tensor} has {tensor.count} bytes, more were asked for")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from None
     try:

@@ -225,7 +225,7 @@ def header(entries):
         ((2**40).to_bytes(8, "little") + b"{}", "truncated"),
         (header([1, 2]), "malformed header"),
         (b"\x02" + bytes(7) + b"{]", "malformed header"),
-        (header({"a": {"dtype": "BF16"}}), "header of a is malformed"),
+        (header({"a": {"dtype": "BF16"}}), "header of 'a' is malformed"),
         (header({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}), "truncated"),
         (header({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 3]}}) + b"123", "cannot"),
         (header({"a": {"dtype": "?", "shape": [4], "data_offsets": [3, 0]}}) + b"123", "cannot"),
@@ -254,7 +254,7 @@ def test_directories_that_are_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="remove the files"):
         open_checkpoint(tmp_path, small_qwen())
     save_index(tmp_path, {"model-0.safetensors": ["nobody.has.this"]})
-    with pytest.raises(CheckpointError, match=r"lacks tensor nobody\.has\.this"):
+    with pytest.raises(CheckpointError, match=r"lacks tensor 'nobody\.has\.this'"):
         open_checkpoint(tmp_path, small_qwen())
     save_index(tmp_path, {"../model-0.safetensors": ["a"]})
     with pytest.raises(CheckpointError, match="not a file beside it"):
