@@ -77,7 +77,10 @@ class Batch(NamedTuple):
             flat,
         )
         if problem != _kernels.VALID:
-            _refuse(problem, where, ids, bounds, before, vocab_size)
+            # As they were given: what is beyond int64 was clipped.
+            given = bounds if starts is None else np.asarray(starts)
+            past = before if history is None else np.asarray(history).reshape(before.shape)
+            _refuse(problem, where, np.asarray(tokens), given, past, vocab_size)
         if before.dtype != np.int32:
             # Checked against the vocabulary, so nothing is lost.
             before = before.astype(np.int32)
@@ -94,7 +97,9 @@ def _integers(what: str, given: npt.ArrayLike) -> npt.NDArray[Any]:
     if kind not in (np.int32, np.int64):
         if kind.kind not in "iu" and array.size:
             raise TokenError(f"{what} must be integers, not {kind}; pass int32 or int64")
-        # uint64 beyond int64 turns negative, which no check lets pass.
+        if kind == np.uint64:
+            # Beyond int64 it would turn negative, and -1 means none.
+            array = np.minimum(array, np.uint64(2**63 - 1))
         array = array.astype(np.int64)
     return array if array.flags.carray else array.copy()
 
@@ -138,7 +143,10 @@ def _history_of(
 def _dead_of(dead: npt.ArrayLike, shape: tuple[int, ...], allowed: bool) -> Bools:
     if not allowed:
         raise TokenError("this family has no dead positions; do not pass dead")
-    mask = np.asarray(dead)
+    try:
+        mask = np.asarray(dead)
+    except (TypeError, ValueError) as error:
+        raise TokenError(f"dead cannot be read as an array of booleans: {error}") from None
     if mask.dtype != np.bool_ and mask.size:
         raise TokenError(f"dead must be booleans, not {mask.dtype}")
     if mask.shape != shape:
@@ -150,7 +158,7 @@ def _refuse(
     problem: int,
     where: int,
     ids: npt.NDArray[Any],
-    starts: Int64s,
+    starts: npt.NDArray[Any],
     history: npt.NDArray[Any],
     vocab_size: int,
 ) -> NoReturn:

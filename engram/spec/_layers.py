@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from engram.errors import SpecError
 
+_LAYER_LIMIT = 2**31
 _ROW_LIMIT = 2**62
 
 
@@ -40,7 +41,9 @@ class LayerHash:
         Raises:
             SpecError: they do not.
         """
-        if len(self.multipliers) != max_order or any(
+        if not 0 <= self.layer < _LAYER_LIMIT:
+            problem = f"is not in 0..{_LAYER_LIMIT - 1}"
+        elif len(self.multipliers) != max_order or any(
             not -(2**63) <= each < 2**63 for each in self.multipliers
         ):
             problem = f"needs {max_order} int64 multipliers, not {self.multipliers}"

@@ -44,9 +44,9 @@ def family_of_model(config: Config) -> Family:
     known = {kind: each for each in families().values() for kind in each.model_types}
     stated = [fields.get("model_type") for fields in (config.outer, config.fields)]
     for kind in stated:
-        if kind in known:
+        if isinstance(kind, str) and kind in known:
             return known[kind]
-    if not any(stated):
+    if all(kind is None for kind in stated):
         raise SpecError(f"{config.path} lacks model_type; it must be the config of a model")
     raise SpecError(
         f"{config.path}: model_type {stated[0]!r} has no n-gram memory that engram knows; "

@@ -49,7 +49,8 @@ def build(
 
     Args:
         ngram_vocab_size_base: what no head's table falls below.
-        ple_layer_ids: **1-based** layer numbers; the spec's are 0-based.
+        ple_layer_ids: **1-based** layer numbers, the spec's are 0-based; order and repetition
+            mean nothing, as in transformers.
         ple_embed_dim: values of all columns of a layer together.
         make_ngram_vocab_size_divisible_by: tables are padded up to a multiple of it.
 
