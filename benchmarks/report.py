@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,23 +96,18 @@ def environment() -> dict[str, Any]:
 
 
 def show(lines: list[Line]) -> None:
-    """Print the table."""
-    grid = Table("", "measured", "unit", "beside it", "ratio", "bar", "", show_lines=False)
+    """Print one paragraph a line: what, measured, beside it, verdict, checksum."""
     for line in lines:
-        beside = f"{line.peer}: {line.peer_measured}" if line.peer_measured else line.peer
-        grid.add_row(
-            line.what,
-            str(line.measured),
-            line.unit,
-            beside,
-            "" if line.ratio is None else f"{line.ratio:.2f}",
-            line.bar,
-            {None: "", True: "reached", False: "[red]missed[/red]"}[line.reached],
-        )
-    Console().print(grid)
-    for line in lines:
+        print(f"\n{line.what}")
+        print(f"  measured  {line.measured} {line.unit}, {line.measured.runs} runs")
+        if line.peer_measured:
+            print(f"  beside    {line.peer}: {line.peer_measured} {line.unit}")
+        if line.ratio is not None:
+            print(f"  ratio     {line.ratio:.2f}")
+        if line.bar:
+            print(f"  bar       {line.bar}: {'reached' if line.reached else 'MISSED'}")
         if line.checksum:
-            print(f"checksum {line.checksum}  {line.what}")
+            print(f"  checksum  {line.checksum}")
 
 
 def save(directory: Path, command: str, lines: list[Line]) -> None:
@@ -124,7 +117,10 @@ def save(directory: Path, command: str, lines: list[Line]) -> None:
     body = {"command": command, "environment": facts, "lines": [asdict(line) for line in lines]}
     (directory / "results.json").write_text(json.dumps(body, indent=1) + "\n")
     text = [f"Command: `{command}`", "", *(f"- {name}: {facts[name]}" for name in facts), ""]
-    text += ["Median (least-greatest).", ""]
+    text += [
+        "Median (least-greatest). Ratios are medians of the ratios of runs that took turns.",
+        "",
+    ]
     text += [
         "| what | measured | unit | beside it | ratio | bar | |",
         "|---|---|---|---|---|---|---|",
