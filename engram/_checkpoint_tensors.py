@@ -30,6 +30,7 @@ from engram.rows import Bytes, RowFormat
 from engram.spec.families import LayerTensors, matches
 from engram.store.safetensors import Tensor, read_tensor
 
+_SHARD_DIGITS_MAX = 9
 _PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _VALUE_DTYPE = {"fp8-ue8m0": "F8_E4M3", "fp8": "F8_E4M3", "nvfp4": "U8", "nf4": "U8"}
 _SCALE_DTYPES = {"fp8-ue8m0": ("F8_E8M0", "U8", "I8"), "nvfp4": ("F8_E4M3",), "nf4": ("F32",)}
@@ -90,10 +91,14 @@ class Finder:
                 )
 
     def _values(self, wanted: LayerTensors) -> list[Tensor]:
-        for pattern in wanted.values:
-            found = {name: match for name in self._tensors if (match := matches(pattern, name))}
-            if not found:
-                continue
+        kinds = [
+            (pattern, found)
+            for pattern in wanted.values
+            if (found := {name: each for name in self._tensors if (each := matches(pattern, name))})
+        ]
+        if len(kinds) > 1:
+            raise self._ambiguous(kinds[0][0], [next(iter(found)) for _, found in kinds])
+        for pattern, found in kinds:
             if "shard" in re.compile(pattern).groupindex:
                 return self._in_order(pattern, found)
             tensor = self._one(pattern)
@@ -112,17 +117,23 @@ class Finder:
         for name, match in found.items():
             start, end = match.span("shard")
             stems.add((name[:start], name[end:]))
+            if len(match["shard"]) > _SHARD_DIGITS_MAX:
+                raise CheckpointError(
+                    f"{self._directory}: tensor {name[:200]} has a shard number of "
+                    f"{len(match['shard'])} digits; it belongs to no checkpoint"
+                )
             number = int(match["shard"])
             if number in numbered or len(stems) > 1:
                 raise self._ambiguous(pattern, [name, next(iter(numbered.values()))])
             numbered[number] = name
-        missing = sorted(set(range(max(numbered) + 1)).difference(numbered))
-        if missing:
+        numbers = sorted(numbered)
+        missing = next((place for place, number in enumerate(numbers) if place != number), None)
+        if missing is not None:
             raise CheckpointError(
-                f"{self._directory}: shard {missing[0]} of {_readable(pattern)} is missing, "
-                f"shards up to {max(numbered)} are there; download the checkpoint again"
+                f"{self._directory}: shard {missing} of {_readable(pattern)} is missing, "
+                f"shards up to {numbers[-1]} are there; download the checkpoint again"
             )
-        return [self._tensors[numbered[number]] for number in sorted(numbered)]
+        return [self._tensors[numbered[number]] for number in numbers]
 
     def _one(self, pattern: str) -> Tensor | None:
         names = [name for name in self._tensors if matches(pattern, name)]

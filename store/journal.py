@@ -33,17 +33,11 @@ class Journal:
         identity: what the import makes and of what; another identity cannot be resumed.
         boot: `boot_id()` when it was written.
         digests: content digest of every extent written, synced and read back, in order.
-        previous: how many of them the note before this one had.
     """
 
     identity: dict[str, Any]
     boot: str
     digests: tuple[str, ...] = ()
-    previous: int = 0
-
-    def advanced(self, digests: list[str]) -> Journal:
-        """The next note."""
-        return Journal(self.identity, self.boot, tuple(digests), len(self.digests))
 
     def write(self, directory: Path) -> None:
         """Replace the journal in one step; it is on the device afterwards."""
@@ -61,10 +55,7 @@ class Journal:
             fields = json.loads(read_regular(directory / JOURNAL_FILE))
             if fields.pop("digest") != _digest(fields):
                 return None
-            found = cls(**{**fields, "digests": tuple(fields["digests"])})
-            if not (type(found.previous) is int and 0 <= found.previous <= len(found.digests)):
-                return None
-            return found
+            return cls(**{**fields, "digests": tuple(fields["digests"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 

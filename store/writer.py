@@ -11,14 +11,15 @@ directory gets its name. So it proves what was written, not that the device keep
 **Why it is safe.** LMDB runs without syncs, so until the last sync a power cut may leave anything
 in the private directory; nobody reads it before. After a failed commit or sync LMDB lets the next
 one succeed, so any error throws the whole import away. After a kill the page cache still holds
-every write, so the extents that LMDB's tree names are there. The journal says how many of them
-were synced and read back; those since the last note but one are read back once more.
+every write, so the extents that LMDB's tree names are there. All of them
+are read back once more, and must be what the journal says of those it knows.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ import lmdb
 import numpy as np
 import xxhash
 
-from engram.errors import CorruptTableError, DestinationError
+from engram.errors import CorruptTableError, DestinationError, StoreError
 from engram.rows import Bytes
 from engram.store import destination as place
 from engram.store.datafile import spans, tree_digest
@@ -50,7 +51,7 @@ from engram.store.pack import pack_rows
 from engram.store.plan import Part, Plan
 from engram.store.readback import PIECE_BLOCKS, Readback
 from engram.store.source import RowSource
-from engram.store.tree import PlacedValue, last_value, placed_values, read_meta
+from engram.store.tree import Meta, PlacedValue, last_value, placed_values, read_meta
 
 Progress = Callable[[int, int], None]
 """Called with (row bytes done, row bytes in all), after every extent."""
@@ -58,6 +59,8 @@ Progress = Callable[[int, int], None]
 JOURNAL_BYTES = 4 << 30
 """Row bytes between two notes in the journal."""
 _MAP_SLACK_BYTES = 256 << 20
+_UNUSABLE = (StoreError, OSError, ValueError, OverflowError, struct.error, IndexError)
+"""What looking at an unfinished import may end with: then it starts over."""
 
 
 def build_table(
@@ -171,19 +174,17 @@ class _Import:
         journal = Journal.read(self._directory)
         if journal is None or (journal.identity, journal.boot) != (self._plan.identity, boot_id()):
             return None
-        digests = list(journal.digests[: journal.previous])
+        digests: list[str] = []
         try:
-            values = self._extents_found()
-            self._report(len(digests))
-            for value, part in list(zip(values, self._plan.parts, strict=False))[len(digests) :]:
+            for value, part in zip(self._extents_found(), self._plan.parts, strict=False):
                 assert value.page is not None
                 digests.append(readback.extent(value.page, part.layer, part.first_row, part.rows))
-                self._report(len(digests))
-        except (CorruptTableError, FileNotFoundError):
+        except _UNUSABLE:
             return None
         if tuple(digests[: len(journal.digests)]) != journal.digests:
             return None
         self._digests = digests
+        self._report(len(digests))
         return journal
 
     def _extents_found(self) -> list[PlacedValue]:
@@ -193,9 +194,11 @@ class _Import:
             CorruptTableError: they are not.
         """
         with self._data_file() as descriptor:
+            meta = read_meta(descriptor)
+            self._cover(descriptor, meta)
             values = [
                 value
-                for value in placed_values(descriptor, read_meta(descriptor))
+                for value in placed_values(descriptor, meta)
                 if value.key not in (MANIFEST_KEY, TOKEN_MAP_KEY)
             ]
         if len(values) > len(self._plan.parts):
@@ -203,6 +206,25 @@ class _Import:
         for value, part in zip(values, self._plan.parts, strict=False):
             self._plan.check_place(value, part)
         return values
+
+    def _cover(self, descriptor: int, meta: Meta) -> None:
+        """Have the file hold all pages that LMDB may touch: beyond its end they are a SIGBUS.
+
+        LMDB follows no number beyond its last page, and pages that were freed again within a
+        commit may never have been written.
+
+        Raises:
+            CorruptTableError: LMDB's last page is further than the import could have come.
+        """
+        size = (meta.last_page + 1) * PAGE_BYTES
+        if size > self._map_bytes:
+            raise CorruptTableError("the unfinished import claims more pages than it could have")
+        if size > os.fstat(descriptor).st_size:
+            os.ftruncate(descriptor, size)
+
+    @property
+    def _map_bytes(self) -> int:
+        return self._plan.file_bytes + _MAP_SLACK_BYTES
 
     @contextmanager
     def _data_file(self) -> Iterator[int]:
@@ -216,7 +238,7 @@ class _Import:
         # Never writemap: a full disk would then end the process with SIGBUS.
         return lmdb.open(
             str(self._directory),
-            map_size=self._plan.file_bytes + _MAP_SLACK_BYTES,
+            map_size=self._map_bytes,
             mode=0o600,
             sync=False,
             lock=False,
@@ -241,7 +263,7 @@ class _Import:
                 if before[len(self._digests)] - before[noted] >= self._journal_bytes:
                     follower.catch_up()
                     environment.sync(True)
-                    journal = journal.advanced(self._digests)
+                    journal = replace(journal, digests=tuple(self._digests))
                     journal.write(self._directory)
                     noted = len(self._digests)
             follower.catch_up()

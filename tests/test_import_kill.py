@@ -28,6 +28,8 @@ SCHEMA = Schema(
 )
 OPTIONS = {"extent_blocks": 64, "journal_bytes": 1 << 20}
 KILLS = 10
+LAST_PAGE = 16 + 24 + 2 * 48
+"""Byte of a meta page where LMDB keeps the last page in use."""
 
 IMPORT = """
 import sys
@@ -159,18 +161,19 @@ def interrupted(path, after_extents):
     assert_nothing_to_open(path)
     directory = private_path(path)
     notes = Journal.read(directory)
-    assert 0 < notes.previous < len(notes.digests) < after_extents
+    assert 0 < len(notes.digests) < after_extents
     return directory, notes
 
 
-def test_goes_on_from_the_last_note_but_one(tmp_path, undisturbed):
+def test_goes_on_behind_the_last_extent(tmp_path, undisturbed):
     path = tmp_path / "table"
     _, notes = interrupted(path, 20)
     manifest, first = build(path)
     before = [0]
     for extent in manifest.extents:
         before.append(before[-1] + extent.rows * 132)
-    assert first == before[notes.previous]
+    assert first in before
+    assert first >= before[len(notes.digests)]
     assert_finished(path, manifest, undisturbed)
 
 
@@ -211,7 +214,9 @@ def flip(path, position):
         stream.write(bytes([byte ^ 16]))
 
 
-@pytest.mark.parametrize("what", ["noted row", "later row", "tree", "meta", "journal", "digest"])
+@pytest.mark.parametrize(
+    "what", ["noted row", "later row", "tree", "meta", "last page", "journal", "digest", "note"]
+)
 def test_what_cannot_be_trusted_starts_over(tmp_path, undisturbed, what):
     path = tmp_path / "table"
     directory, notes = interrupted(path, 20)
@@ -220,17 +225,27 @@ def test_what_cannot_be_trusted_starts_over(tmp_path, undisturbed, what):
         meta = read_meta(stream.fileno())
         pages = [value.page for value in placed_values(stream.fileno(), meta)]
     if what == "noted row":
-        flip(data, pages[notes.previous] * 4096 + 500)
+        flip(data, pages[0] * 4096 + 500)
     elif what == "later row":
         flip(data, pages[len(notes.digests)] * 4096 + 500)
     elif what == "tree":
         flip(data, meta.root * 4096)
     elif what == "meta":
         flip(data, 16)
+    elif what == "last page":
+        for page in (0, 1):
+            flip(data, page * 4096 + LAST_PAGE + 6)
+    elif what == "note":
+        journal_file = directory / JOURNAL_FILE
+        text = journal_file.read_text()
+        changed = "0" if notes.digests[0][0] != "0" else "1"
+        journal_file.write_text(text.replace(notes.digests[0], changed + notes.digests[0][1:]))
+        assert Journal.read(directory) is None
     elif what == "journal":
         (directory / JOURNAL_FILE).write_text("{")
     else:
         digests = ("0" * 32,) * len(notes.digests)
-        Journal(notes.identity, notes.boot, digests, notes.previous).write(directory)
-    manifest, _ = build(path)
+        Journal(notes.identity, notes.boot, digests).write(directory)
+    manifest, first = build(path)
+    assert first == undisturbed[2], "it went on from what cannot be trusted"
     assert_finished(path, manifest, undisturbed)
