@@ -124,7 +124,11 @@ def test_a_table_behind_a_link_opens(table, tmp_path):
 
 
 def test_a_file_without_permission_is_refused(table, monkeypatch):
+    plain = os.open
+
     def refuse(path, flags):
+        if path.name == "table.json":
+            return plain(path, flags)
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(datafile.os, "open", refuse)
