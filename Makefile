@@ -16,11 +16,12 @@ setup: $(STAMP) ## Create the virtual environment with all development tools
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "engram needs Python 3.11 or later; call make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV) || \
+	@echo "setting up $(VENV), once; about two minutes"
+	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "cannot create a virtual environment; on Debian: apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Real text, a real table, a sidecar and a model: every byte checked

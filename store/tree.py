@@ -102,23 +102,29 @@ def placed_values(descriptor: int, meta: Meta) -> Iterator[PlacedValue]:
         CorruptTableError: a page is not what the tree above it says.
     """
     if meta.root is not None:
-        yield from _below(descriptor, meta.root, slice(None), 0)
+        yield from _below(descriptor, meta.root, slice(None), 0, set())
 
 
 def last_value(descriptor: int, meta: Meta) -> PlacedValue | None:
     """The value of the largest key; errors as in `placed_values`."""
     if meta.root is None:
         return None
-    return next(_below(descriptor, meta.root, slice(-1, None), 0), None)
+    return next(_below(descriptor, meta.root, slice(-1, None), 0, set()), None)
 
 
-def _below(descriptor: int, number: int, nodes: slice, depth: int) -> Iterator[PlacedValue]:
+def _below(
+    descriptor: int, number: int, nodes: slice, depth: int, seen: set[int]
+) -> Iterator[PlacedValue]:
+    # A page has one place in a tree; one that names itself would be walked without end.
+    if number in seen:
+        raise _not_in_tree(number)
+    seen.add(number)
     page = _read(descriptor, number)
     found, _, flags, _, _ = _HEADER.unpack_from(page)
     if found != number or flags & (_BRANCH | _LEAF) not in (_BRANCH, _LEAF) or depth > _DEPTH_MAX:
         raise _not_in_tree(number)
     try:
-        yield from _nodes(descriptor, number, page, nodes, depth)
+        yield from _nodes(descriptor, number, page, nodes, depth, seen)
     except struct.error:  # An offset or a count that points outside the page.
         raise _not_in_tree(number) from None
 
@@ -128,7 +134,7 @@ def _not_in_tree(number: int) -> CorruptTableError:
 
 
 def _nodes(
-    descriptor: int, number: int, page: bytes, nodes: slice, depth: int
+    descriptor: int, number: int, page: bytes, nodes: slice, depth: int, seen: set[int]
 ) -> Iterator[PlacedValue]:
     _, _, flags, lower, _ = _HEADER.unpack_from(page)
     count = (lower - PAGE_HEADER_BYTES) // 2
@@ -136,7 +142,8 @@ def _nodes(
         low, high, node_flags, key_bytes = _NODE.unpack_from(page, offset)
         key_start = offset + _NODE.size
         if flags & _BRANCH:
-            yield from _below(descriptor, low | high << 16 | node_flags << 32, nodes, depth + 1)
+            child = low | high << 16 | node_flags << 32
+            yield from _below(descriptor, child, nodes, depth + 1, seen)
             continue
         key = page[key_start : key_start + key_bytes]
         length = low | high << 16

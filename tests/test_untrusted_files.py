@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from engram.store.journal import JOURNAL_FILE, Journal
 from engram.store.manifest import MANIFEST_FILE, Schema, read_manifest
 from engram.store.safetensors import INDEX_FILE, find_tensors, read_header, read_tensor
 from engram.store.synth import SyntheticSource
+from engram.store.tree import Meta, placed_values
 from engram.store.writer import build_table
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -297,3 +299,26 @@ def test_model_types_that_are_no_text(tmp_path, kind):
 def test_layers_beyond_int32():
     with pytest.raises(SpecError, match=f"layer {2**31} is not in"):
         small_qwen(ple_layer_ids=(1, 2**31 + 1))
+
+
+def test_a_branch_page_that_names_itself_is_refused(tmp_path):
+    path = tmp_path / "data.mdb"
+    header = struct.pack("<QHHHH", 2, 0, 0x01, 16 + 2 * 200, 4096)
+    node = struct.pack("<HHHH", 2, 0, 0, 0)
+    page = header + struct.pack("<200H", *[2000] * 200)
+    page = page.ljust(2000, b"\0") + node
+    path.write_bytes(bytes(2 * 4096) + page.ljust(4096, b"\0"))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with pytest.raises(CorruptTableError, match="page 2 is not part"):
+            list(placed_values(descriptor, Meta(2, 2)))
+    finally:
+        os.close(descriptor)
+
+
+def test_a_pipe_or_endless_nesting_as_config_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    for name in ("pipe", "deep"):
+        with pytest.raises(SpecError, match=name):
+            Config.read(tmp_path / name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engram.errors import SpecError
+from engram.store.files import read_regular
 
 if TYPE_CHECKING:
     from engram.spec._spec import NgramSpec
@@ -91,12 +92,12 @@ class Config:
             SpecError: missing, unreadable or not a JSON object.
         """
         try:
-            config = json.loads(path.read_bytes())
+            config = json.loads(read_regular(path))
         except OSError as error:
             raise SpecError(
                 f"{path} cannot be read ({error.strerror}); name the directory of a checkpoint"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SpecError(f"{path} is not JSON: {error}") from None
         if not isinstance(config, dict):
             raise SpecError(f"{path} must hold a JSON object")
