@@ -87,6 +87,22 @@ class Trials:
         self.expect(found == [("row check", number, block, (row,))], "verify", at, found)
         flip(data_file(self.path), at, bit)
 
+    def flip_in_lmdbs_own_pages(self) -> None:
+        """In metas and tree: pages that hold neither rows nor token map."""
+        first, count = self.physical.token_map_page, self.physical.token_map_bytes
+        token_map = () if first is None else range(first, first + 1 + count // PAGE_BYTES)
+        file = data_file(self.path)
+        page = self.rng.choice(
+            [page for page in self.pages_without_rows() if page not in token_map]
+        )
+        at = int(page) * PAGE_BYTES + int(self.rng.integers(PAGE_BYTES))
+        bit = int(self.rng.integers(8))
+        flip(file, at, bit)
+        self.expect(self.lookups(guard=bool(self.made % 2)) is None, "opened", at)
+        found = {kind for kind, *_ in self.block_damage()}
+        self.expect(found == {"structure"}, "verify", at, found)
+        flip(file, at, bit)
+
     def flip_elsewhere(self) -> None:
         """In `table.json`, the headers of extents, or the pages that hold no rows."""
         where = int(self.rng.integers(10))
