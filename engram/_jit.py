@@ -26,7 +26,7 @@ def _source_stamp() -> str:
     numba itself looks at the module a kernel stands in only, but a kernel inlines what it calls.
     """
     digest = hashlib.blake2s(digest_size=8)
-    folders = (_PACKAGE, _PACKAGE / "spec", _PACKAGE / "store")
+    folders = (_PACKAGE, _PACKAGE / "spec", _PACKAGE / "store", _PACKAGE / "ram")
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -152,6 +152,81 @@ def _multiply_high(typingctx: Any, left: Any, right: Any) -> Any:
 
     return types.uint64(types.uint64, types.uint64), codegen
 
+
+@intrinsic
+def _prefetch(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        )
+        builder.call(function, [builder.inttoptr(args[0], byte), flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+def _atomic_loader(ordering: str) -> Any:
+    @intrinsic
+    def load(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.load_atomic(_pointer(builder, args[0], 64), ordering, align=8)
+
+        return types.uint64(types.int64), codegen
+
+    return load
+
+
+def _atomic_storer(ordering: str) -> Any:
+    @intrinsic
+    def store(typingctx: Any, address: Any, word: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.store_atomic(args[1], _pointer(builder, args[0], 64), ordering, align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.uint64), codegen
+
+    return store
+
+
+def _fencer(ordering: str) -> Any:
+    @intrinsic
+    def fence(typingctx: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.fence(ordering)
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    return fence
+
+
+@intrinsic
+def _compare_exchange(typingctx: Any, address: Any, expected: Any, word: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(builder, args[0], 64)
+        result = builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "monotonic")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(types.int64, types.uint64, types.uint64), codegen
+
+
+load_relaxed: Any = _atomic_loader("monotonic")
+load_acquire: Any = _atomic_loader("acquire")
+store_relaxed: Any = _atomic_storer("monotonic")
+store_release: Any = _atomic_storer("release")
+"""Atomic loads and stores of the 8-byte word at an address that is a multiple of 8."""
+
+fence_acquire: Any = _fencer("acquire")
+fence_release: Any = _fencer("release")
+fence_full: Any = _fencer("seq_cst")
+"""Memory fences, of the processor and of the compiler."""
+
+compare_exchange: Any = _compare_exchange
+"""`compare_exchange(address, expected, word)`: whether `word` replaced `expected` there."""
+
+prefetch: Any = _prefetch
+"""Ask the processor for the line at an address; harmless whatever the address."""
 
 copy_bytes: Any = _copy_bytes
 """`copy_bytes(target, source, count)`: memcpy between two addresses that do not overlap."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 import numpy as np
 
+from engram._failures import Failures
 from engram._jit import copy_bytes, kernel
 from engram.errors import (
     EngramError,
@@ -109,41 +110,18 @@ def _exhausted(details: str, target: str) -> EngramError:
     return OverloadError(f"the sidecar at {target} has no room ({details}); try again later")
 
 
-class Failures:
-    """Failed rows of a lookup, gathered from its parts: each once, however many parts name it."""
+def pack_failures(failures: Failures) -> list[pb.FailedRows]:
+    """Failed rows as messages; the inverse of `unpack_failures`."""
+    return [
+        pb.FailedRows(layer=layer, row_ids=rows, cause=failures.cause)
+        for layer, rows in failures.rows.items()
+    ]
 
-    def __init__(self) -> None:
-        self._rows: dict[int, dict[int, None]] = {}
-        self._causes: dict[str, None] = {}
 
-    def add(self, rows: Mapping[int, Sequence[int]], cause: str) -> None:
-        """Add rows by model layer, and why they failed."""
-        for layer, failed in rows.items():
-            self._rows.setdefault(layer, {}).update(dict.fromkeys(failed))
-        if cause:
-            self._causes[cause] = None
-
-    @property
-    def rows(self) -> dict[int, Sequence[int]]:
-        """Row ids by model layer."""
-        return {layer: list(failed) for layer, failed in self._rows.items()}
-
-    @property
-    def cause(self) -> str:
-        """All causes, in words."""
-        return ", ".join(self._causes)
-
-    def pack(self) -> list[pb.FailedRows]:
-        """As messages; the inverse of `unpack`."""
-        return [
-            pb.FailedRows(layer=layer, row_ids=rows, cause=self.cause)
-            for layer, rows in self.rows.items()
-        ]
-
-    def unpack(self, packed: Iterable[pb.FailedRows]) -> None:
-        """Add what messages say."""
-        for each in packed:
-            self.add({each.layer: each.row_ids}, each.cause)
+def unpack_failures(packed: Iterable[pb.FailedRows], failures: Failures) -> None:
+    """Add to `failures` what messages say."""
+    for each in packed:
+        failures.add({each.layer: each.row_ids}, each.cause)
 
 
 def pack_ngrams(ngrams: Ngrams) -> pb.Ngrams:

@@ -14,14 +14,11 @@ import numpy as np
 
 from engram._channel import Tls, require_own_grpc
 from engram._counters import Counters
+from engram._failures import Failures
 from engram._link import Connection, Link
 from engram._stream import Pending, StreamLostError
-from engram._wire import Failures, pack_ngrams, scatter_rows
-from engram.errors import (
-    RowIntegrityError,
-    ServiceError,
-    SpecMismatchError,
-)
+from engram._wire import pack_ngrams, scatter_rows, unpack_failures
+from engram.errors import ServiceError, SpecMismatchError
 from engram.proto.v1 import engram_pb2 as pb
 from engram.rows import RowFormat, Rows
 from engram.spec import NgramSpec
@@ -121,8 +118,7 @@ class RemoteTier(Tier):
             failures = self._exchange(connection, parts(connection.table.limits), out, places)
         failed = failures.rows
         self._counters.add(rows_read=len(places), rows_failed=sum(map(len, failed.values())))
-        if failed:
-            raise RowIntegrityError.of(failed, self.name, failures.cause, served=True)
+        failures.raise_any(self.name, served=True)
 
     def _exchange(
         self, connection: Connection, parts: Iterable[_Part], out: Rows, places: Int64s
@@ -164,7 +160,7 @@ class RemoteTier(Tier):
             ):
                 self._refuse(f"rows {reply.first_row} to {reply.first_row + reply.rows}")
             scatter_rows(reply, places[part.first_row + got : part.first_row + end], out)
-            failures.unpack(reply.failed)
+            unpack_failures(reply.failed, failures)
             got = end
         if got != part.rows:
             self._refuse(f"{got} rows")

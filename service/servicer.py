@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
-from engram._wire import ERROR_CODE_KEY, Failures, fault_of
+from engram._failures import Failures
+from engram._wire import ERROR_CODE_KEY, fault_of, pack_failures
 from engram.errors import (
     EngramError,
     OverloadError,
@@ -22,14 +22,17 @@ from engram.errors import (
 from engram.proto.v1 import engram_pb2 as pb
 from engram.proto.v1.engram_pb2_grpc import EngramServicer
 from engram.rows import Rows
-from engram.service._requests import Piece, prefetch_of, read_of
-from engram.service._stream import Answer, LookupStream
+from engram.service import _errors
+from engram.service._fetch import FetchWorker, Leases
+from engram.service._prefetch import Prefetches
+from engram.service._requests import Piece, read_of
+from engram.service._stream import Answer, AnswerStream
 from engram.tiers import Int64s, Tier
 
 CHUNK_BYTES = 1 << 20
 """Row bytes of one reply."""
-
-_log = logging.getLogger("engram.service")
+WORKERS = 2
+"""Requests of one Lookup or Fetch stream that are answered at once."""
 
 
 class Servicer(EngramServicer):
@@ -39,20 +42,30 @@ class Servicer(EngramServicer):
         tiers: by the name under which each is served.
         rows_max: rows that one request may ask for.
         message_bytes_max: size of a request.
-        streams_max: Lookup streams that may be open at once.
+        streams_max: streams of each kind that may be open at once.
+        leases: of clients that attached; None where none can.
+        boot_id: of this server; made when None.
     """
 
     def __init__(
-        self, tiers: Mapping[str, Tier], rows_max: int, message_bytes_max: int, streams_max: int
+        self,
+        tiers: Mapping[str, Tier],
+        rows_max: int,
+        message_bytes_max: int,
+        streams_max: int,
+        *,
+        leases: Leases | None = None,
+        boot_id: str | None = None,
     ) -> None:
-        self.boot_id = secrets.token_hex(16)
+        self.boot_id = boot_id or secrets.token_hex(16)
+        self._leases = leases
         self._tiers = dict(tiers)
         self.rows_max = rows_max
         self._streams_max = streams_max
         self._limits = pb.Limits(max_rows=rows_max, max_message_bytes=message_bytes_max)
         self._tables = {name: self._describe(name, tier) for name, tier in tiers.items()}
         self._lock = threading.Lock()
-        self._streams: set[LookupStream] = set()
+        self._streams: set[AnswerStream] = set()
         self._draining = False
 
     def _describe(self, name: str, tier: Tier) -> pb.GetTableResponse:
@@ -67,6 +80,7 @@ class Servicer(EngramServicer):
             row_format=pb.RowFormat(**row_format.to_dict()),
             layers=[pb.Layer(layer=layer.layer, rows=layer.rows) for layer in spec.layers],
             limits=self._limits,
+            attach=self._leases is not None,
         )
 
     def drain(self) -> None:
@@ -75,7 +89,7 @@ class Servicer(EngramServicer):
             self._draining = True
             streams = list(self._streams)
         for stream in streams:
-            stream.say(pb.LookupResponse(boot_id=self.boot_id, draining=True))
+            stream.say(stream.kind(boot_id=self.boot_id, draining=True))
 
     def ListTables(self, request: pb.ListTablesRequest, context: Any) -> pb.ListTablesResponse:  # noqa: N802
         listed = [
@@ -92,19 +106,41 @@ class Servicer(EngramServicer):
             _abort(context, error)
         return self._tables[request.name]
 
-    def Prefetch(self, request: pb.PrefetchRequest, context: Any) -> pb.PrefetchResponse:  # noqa: N802
+    def Prefetch(  # noqa: N802
+        self, requests: Iterator[pb.PrefetchRequest], context: Any
+    ) -> Iterator[pb.PrefetchResponse]:
+        prefetches = Prefetches(self.boot_id, self.tier, self.rows_max)
         try:
-            tier = self.tier(request.table, request.fingerprint)
-            tier.prefetch(prefetch_of(request.ngrams, tier, self.rows_max))
-        except EngramError as error:
-            _abort(context, error)
-        return pb.PrefetchResponse(boot_id=self.boot_id)
+            yield from self._serve(
+                requests, context, lambda: prefetches.answer, 1, pb.PrefetchResponse
+            )
+        finally:
+            prefetches.cancel_all()
 
     def Lookup(  # noqa: N802
         self, requests: Iterator[pb.LookupRequest], context: Any
     ) -> Iterator[pb.LookupResponse]:
+        yield from self._serve(
+            requests, context, lambda: _Worker(self).answer, WORKERS, pb.LookupResponse
+        )
+
+    def Fetch(  # noqa: N802
+        self, requests: Iterator[pb.FetchRequest], context: Any
+    ) -> Iterator[pb.FetchResponse]:
+        worker = FetchWorker(self.boot_id, self._leases or (lambda token: None))
+        yield from self._serve(requests, context, lambda: worker.answer, WORKERS, pb.FetchResponse)
+
+    def _serve(
+        self,
+        requests: Iterator[Any],
+        context: Any,
+        answer: Callable[[], Answer],
+        workers: int,
+        kind: type,
+    ) -> Iterator[Any]:
+        """Run a stream from its acceptance to its end."""
         try:
-            stream = self._open_stream(requests)
+            stream = self._open_stream(requests, answer, workers, kind)
         except EngramError as error:
             _abort(context, error)
         try:
@@ -117,15 +153,17 @@ class Servicer(EngramServicer):
             with self._lock:
                 self._streams.discard(stream)
 
-    def _open_stream(self, requests: Iterator[pb.LookupRequest]) -> LookupStream:
+    def _open_stream(
+        self, requests: Iterator[Any], answer: Callable[[], Answer], workers: int, kind: type
+    ) -> AnswerStream:
         with self._lock:
             self._refuse_when_draining()
-            if len(self._streams) >= self._streams_max:
+            if sum(stream.kind is kind for stream in self._streams) >= self._streams_max:
                 raise OverloadError(
                     f"{self._streams_max} clients are connected already; "
                     "close one or raise limits.streams"
                 )
-            stream = LookupStream(requests, lambda: _Worker(self).answer)
+            stream = AnswerStream(requests, answer, workers, kind)
             self._streams.add(stream)
         return stream
 
@@ -169,7 +207,12 @@ class _Worker:
         try:
             yield from self._rows(request)
         except Exception as error:
-            yield self._failed(request, error)
+            yield pb.LookupResponse(
+                request_id=request.request_id,
+                boot_id=self._servicer.boot_id,
+                last=True,
+                error=_errors.packed(error, f"a lookup of table {request.table}"),
+            )
 
     def _rows(self, request: pb.LookupRequest) -> Iterator[pb.LookupResponse]:
         servicer = self._servicer
@@ -193,7 +236,7 @@ class _Worker:
                 )
                 if sent + end == wanted.rows:
                     reply.last = True
-                    reply.failed.extend(failures.pack())
+                    reply.failed.extend(pack_failures(failures))
                 yield reply
             sent += piece.rows
         if not wanted.rows:
@@ -207,18 +250,6 @@ class _Worker:
             held = (Rows.empty((rows,), tier.row_format), np.arange(rows, dtype=np.int64))
             self._buffers[table] = held
         return held
-
-    def _failed(self, request: pb.LookupRequest, error: Exception) -> pb.LookupResponse:
-        message = str(error)
-        if not isinstance(error, EngramError):
-            _log.error("a lookup of table %s failed", request.table, exc_info=error)
-            message = "the sidecar failed on this request; its log says more"
-        return pb.LookupResponse(
-            request_id=request.request_id,
-            boot_id=self._servicer.boot_id,
-            last=True,
-            error=pb.Error(code=fault_of(error).code, message=message),
-        )
 
 
 def _read(piece: Piece, out: Rows, places: Int64s, failures: Failures) -> None:

@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from engram._jit import copy_bytes, kernel, load_u8, load_u32, store_u8, store_u64
+from engram._jit import copy_bytes, kernel, load_u8, load_u32, prefetch, store_u8, store_u64
 from engram.store.checks import row_seed, xxh32
 from engram.store.geometry import (
     BAD_CHECK,
@@ -94,21 +94,6 @@ class _Source(NamedTuple):
     descriptor: Any
     base: Any
     scratch: Any
-
-
-@intrinsic
-def _prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask the processor for the line at `address`; harmless whatever the address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = builder.module.declare_intrinsic(
-            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        )
-        builder.call(function, [builder.inttoptr(args[0], byte), flag(0), flag(3), flag(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
 
 
 @intrinsic
@@ -242,8 +227,8 @@ def _ask_group(table, source, request, first, last):  # type: ignore[no-untyped-
         extent, offset, check = locate(table, _layer(request, i), load_int64(request.row_ids, i))
         row = source.base + offset
         for line in range(0, table.row_bytes, 64):
-            _prefetch(row + line)
-        _prefetch(row + check)
+            prefetch(row + line)
+        prefetch(row + check)
         store_u64(entry, np.uint64(extent))
         store_u64(entry + 8, np.uint64(row))
         store_u64(entry + 16, np.uint64(row + check))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram import _wire, errors
+from engram._failures import Failures
 from engram.errors import EngramError, RequestError
 from engram.proto.v1 import engram_pb2 as pb
 from engram.tiers import Ngrams
@@ -68,13 +69,14 @@ def test_scatter_equals_its_twin(rows, width, seed):
 
 
 def test_failures_are_gathered_each_once():
-    sent = _wire.Failures()
+    sent = Failures()
     sent.add({3: (5, 6)}, "damaged bytes")
     sent.add({3: (6, 7), 1: tuple(range(100))}, "I/O error")
     sent.add({3: (7,)}, "damaged bytes")
     sent.add({3: (7,)}, "")
-    came = _wire.Failures()
-    came.unpack(pb.FailedRows.FromString(each.SerializeToString()) for each in sent.pack())
+    came = Failures()
+    packed = [each.SerializeToString() for each in _wire.pack_failures(sent)]
+    _wire.unpack_failures(map(pb.FailedRows.FromString, packed), came)
     for failures in (sent, came):
         assert failures.rows == {3: [5, 6, 7], 1: list(range(100))}
         assert failures.cause == "damaged bytes, I/O error"
