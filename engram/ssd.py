@@ -14,7 +14,7 @@ from engram.errors import RowIntegrityError, SpecMismatchError, StoreError
 from engram.rows import RowFormat, Rows
 from engram.spec import NgramSpec
 from engram.store.manifest import Schema
-from engram.store.reader import StoreReader
+from engram.store.reader import StoreReader, TableFiles
 from engram.tiers import Int64s, Ngrams, Selection, Tier
 
 PENDING_NGRAMS_MAX = 1 << 18
@@ -112,6 +112,10 @@ class SsdTier(Tier):
             part = slice(at, at + _TOUCHED_NGRAMS)
             some = Ngrams(ngrams.windows[part], ngrams.orders[part])
             self._reader.touch(*self._rows_of(some, self._everything))
+
+    def files(self) -> TableFiles:
+        """The open table, for another process to read; see `StoreReader.files`."""
+        return self._reader.files()
 
     def stats(self) -> dict[str, Any]:
         return {"tier": "ssd", **self._counters.read()}

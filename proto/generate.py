@@ -1,6 +1,6 @@
 """Generate `proto/v1` from the schema: `python -m engram.proto.generate [--check]`.
 
-The descriptor keeps the schema's own name, engram/v1/engram.proto, which reflection shows. The
+The descriptors keep the schema's own names, engram/v1/*.proto, which reflection shows. The
 modules live elsewhere (engram.proto.v1), so their import of each other is made relative.
 
 The generator's version is pinned, because its output differs from release to release and
@@ -10,21 +10,25 @@ installable beside others.
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 GENERATOR = "1.72.2"
-SCHEMA = "engram/v1/engram.proto"
-FILES = ("engram_pb2.py", "engram_pb2.pyi", "engram_pb2_grpc.py")
+FILES = {
+    "engram/v1/engram.proto": ("engram_pb2.py", "engram_pb2.pyi", "engram_pb2_grpc.py"),
+    "engram/v1/attach.proto": ("attach_pb2.py", "attach_pb2.pyi"),
+}
+"""Modules by the schema they come from."""
 
 _HERE = Path(__file__).resolve().parent
 _TARGET = _HERE / "v1"
 
 
 def render() -> dict[str, str]:
-    """Run the generator; the content of each of `FILES`.
+    """Run the generator; the content of each module of `FILES`.
 
     Raises:
         SystemExit: the pinned generator is not installed, or the schema does not compile.
@@ -39,15 +43,21 @@ def render() -> dict[str, str]:
 
     with tempfile.TemporaryDirectory() as folder:
         outputs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
-        if protoc.main(["protoc", f"-I{_HERE}", *outputs, SCHEMA]):
-            sys.exit(f"{SCHEMA} does not compile")
-        texts = {name: (Path(folder, SCHEMA).parent / name).read_text() for name in FILES}
-    absolute = "from engram.v1 import engram_pb2 as"
-    stubs = texts["engram_pb2_grpc.py"]
-    if stubs.count(absolute) != 1:
-        sys.exit("the generator's import line has changed; adapt proto/generate.py")
-    texts["engram_pb2_grpc.py"] = stubs.replace(absolute, "from . import engram_pb2 as")
-    return texts
+        if protoc.main(["protoc", f"-I{_HERE}", *outputs, *FILES]):
+            sys.exit("the schema does not compile")
+        return {
+            name: _import_relatively(Path(folder, schema).parent.joinpath(name).read_text())
+            for schema, names in FILES.items()
+            for name in names
+        }
+
+
+def _import_relatively(text: str) -> str:
+    """Modules that import each other lie in one folder, not where the schema's name says."""
+    found = text.replace("from engram.v1 import ", "from . import ")
+    if re.search(r"\bengram\.v1 import|^import engram", found, re.MULTILINE):
+        sys.exit("the generator's import lines have changed; adapt proto/generate.py")
+    return found
 
 
 def stale(texts: dict[str, str]) -> list[str]:

@@ -302,11 +302,18 @@ def read_manifest(directory: Path) -> tuple[Manifest, Physical]:
         StoreError: no table there, or one of another format version.
         CorruptTableError: damaged.
     """
+    return parse_manifest(manifest_text(directory), str(directory / MANIFEST_FILE))
+
+
+def manifest_text(directory: Path) -> bytes:
+    """What `table.json` holds, unverified.
+
+    Raises:
+        StoreError: no table there, or one that cannot be read.
+    """
     path = directory / MANIFEST_FILE
     try:
-        whole = json.loads(read_regular(path))
-        found = whole.pop("digest")
-        text = json.dumps(whole, sort_keys=True, separators=(",", ":"))
+        return read_regular(path)
     except FileNotFoundError:
         raise StoreError(
             f"{directory} is not a table: it has no {MANIFEST_FILE}; "
@@ -316,8 +323,21 @@ def read_manifest(directory: Path) -> tuple[Manifest, Physical]:
         raise StoreError(
             f"{path} cannot be read: {error.strerror}; check its permissions"
         ) from None
+
+
+def parse_manifest(text: bytes, name: str) -> tuple[Manifest, Physical]:
+    """Verify the content of a `table.json`, which messages call `name`.
+
+    Raises:
+        StoreError: of another format version.
+        CorruptTableError: damaged.
+    """
+    try:
+        whole = json.loads(text)
+        found = whole.pop("digest")
+        body = json.dumps(whole, sort_keys=True, separators=(",", ":"))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise CorruptTableError(f"{path} is damaged; import the table again") from None
-    if found != digest(text.encode()):
-        raise CorruptTableError(f"{path} does not match its own digest; import the table again")
+        raise CorruptTableError(f"{name} is damaged; import the table again") from None
+    if found != digest(body.encode()):
+        raise CorruptTableError(f"{name} does not match its own digest; import the table again")
     return Manifest.from_dict(whole.get("manifest")), Physical.from_dict(whole.get("physical"))

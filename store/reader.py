@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from engram.store import datafile, gather
 from engram.store import guard as sigbus
 from engram.store.geometry import BAD_CHECK, IO_ERROR, OK, REFUSED, SHORT_READ, Geometry
 from engram.store.layout import PAGE_BYTES
-from engram.store.manifest import read_manifest
+from engram.store.manifest import MANIFEST_FILE, Physical, manifest_text, parse_manifest
 
 _NO_SCALES = np.empty((0, 0), np.uint8)
 _CAUSES = {
@@ -58,6 +59,19 @@ def _free(descriptor: int, view: mmap.mmap | None, guarded: sigbus.GuardedMap | 
     os.close(descriptor)
 
 
+@dataclass(frozen=True)
+class TableFiles:
+    """A table that is already open, perhaps by another process.
+
+    Attributes:
+        manifest: content of its `table.json`.
+        descriptor: its data file, open for reading.
+    """
+
+    manifest: bytes
+    descriptor: int
+
+
 class StoreReader:
     """Rows of one table, verified on every read.
 
@@ -65,6 +79,8 @@ class StoreReader:
         path: the table's directory.
         guard: read warm rows through a memory map, with the SIGBUS guard installed in this
             process; else everything with `pread`.
+        files: read these instead, which may have no path here; the descriptor is taken over, and
+            `path` only names the table in messages. They are trusted no more than a path.
 
     Attributes:
         path: as given.
@@ -77,10 +93,25 @@ class StoreReader:
         CorruptTableError: its structure is damaged; single rows are only checked when read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, guard: bool) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, guard: bool, files: TableFiles | None = None
+    ) -> None:
         self.path = Path(path)
-        self.manifest, physical = read_manifest(self.path)
-        descriptor = datafile.open_file(self.path)
+        files = files or TableFiles(manifest_text(self.path), datafile.open_file(self.path))
+        try:
+            place = str(self.path / MANIFEST_FILE)
+            self.manifest, physical = parse_manifest(files.manifest, place)
+        except BaseException:
+            os.close(files.descriptor)
+            raise
+        self._manifest_text = files.manifest
+        self._open(files.descriptor, physical, guard)
+        self.layers = tuple(layer for layer, _ in self.manifest.layers)
+        self._geometry = Geometry.of(self.manifest, physical)
+        self._calm = 0
+        self._holes = 0
+
+    def _open(self, descriptor: int, physical: Physical, guard: bool) -> None:
         try:
             before = datafile.identity(descriptor)
             datafile.check_structure(descriptor, self.manifest, physical)
@@ -95,10 +126,24 @@ class StoreReader:
             if isinstance(error, StoreError):
                 raise type(error)(f"{self.path}: {error}") from None
             raise
-        self.layers = tuple(layer for layer, _ in self.manifest.layers)
-        self._geometry = Geometry.of(self.manifest, physical)
-        self._calm = 0
-        self._holes = 0
+
+    def files(self) -> TableFiles:
+        """The open table, for another process to read; the caller closes the descriptor.
+
+        It has an open file description of its own: whoever gets it can change neither the flags
+        nor the readahead that this reader has.
+
+        Raises:
+            StoreError: the reader is closed, or the file cannot be opened again.
+        """
+        file = self._opened()
+        try:
+            descriptor = os.open(f"/proc/self/fd/{file.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(
+                f"{self.path}: the data file cannot be opened again: {error.strerror}"
+            ) from None
+        return TableFiles(self._manifest_text, descriptor)
 
     def gather(
         self,
