@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 
 from engram._channel import Tls, absolute_target, open_channel, require_own_grpc
-from engram._stream import LookupStream
+from engram._prefetches import PrefetchStream
+from engram._stream import RequestStream
 from engram._wire import error_of_call
 from engram.errors import SpecMismatchError, UnavailableError, UnknownTableError
 from engram.proto.v1 import engram_pb2 as pb
@@ -25,9 +26,10 @@ class Connection:
         self.owner = require_own_grpc()
         self.channel = open_channel(target, tls)
         self.stub: Any = EngramStub(self.channel)  # type: ignore[no-untyped-call]
+        self.prefetches = PrefetchStream(self.stub, target)
         try:
             self.table = self._describe(name)
-            self.stream = LookupStream(self.stub, target, timeout_s, self.channel.close)
+            self.stream = RequestStream(self.stub.Lookup, target, timeout_s, self.channel.close)
         except BaseException:
             self.channel.close()
             raise
@@ -56,6 +58,7 @@ class Connection:
     def close(self) -> None:
         # A forked child has none of gRPC's threads; closing there could wait for ever.
         if self.owner == os.getpid():
+            self.prefetches.close()
             self.stream.close()
 
 

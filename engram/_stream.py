@@ -1,4 +1,4 @@
-"""One Lookup stream of a client: many requests in flight, their replies told apart.
+"""One stream of a client: many requests in flight, their replies told apart.
 
 A reader thread hands each reply to the call that waits for it, and does nothing else: rows are
 copied by the thread that asked, so nothing writes into a caller's buffer after its call ended.
@@ -28,10 +28,10 @@ class Pending:
 
     def __init__(self, request_id: int, deadline: float) -> None:
         self.request_id = request_id
-        self.arrived: SimpleQueue[pb.LookupResponse | EngramError] = SimpleQueue()
+        self.arrived: SimpleQueue[Any] = SimpleQueue()
         self._deadline = deadline
 
-    def replies(self) -> Iterator[pb.LookupResponse]:
+    def replies(self) -> Iterator[Any]:
         """Replies as they come, to the last.
 
         Raises:
@@ -49,24 +49,35 @@ class Pending:
             if reply.HasField("error"):
                 raise error_of(reply.error.code, reply.error.message)
             yield reply
-            if reply.last:
+            if _is_last(reply):
                 return
 
 
-class LookupStream:
+def _is_last(reply: Any) -> bool:
+    """Whether nothing more comes for the request; only Lookup sends several replies to one."""
+    return reply.last if isinstance(reply, pb.LookupResponse) else True
+
+
+class RequestStream:
     """An open stream; use from any thread.
 
     Args:
-        stub: where to open it.
+        method: of the stub, takes requests and gives replies.
         target: how messages name the sidecar.
-        timeout_s: longest wait for the sidecar to accept it.
+        timeout_s: longest wait for the sidecar to accept it; None not to wait.
         ended: called once nothing more will come.
 
     Raises:
         ServiceError: the sidecar refuses it, or does not answer in time.
     """
 
-    def __init__(self, stub: Any, target: str, timeout_s: float, ended: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        method: Callable[[Iterator[Any]], Any],
+        target: str,
+        timeout_s: float | None,
+        ended: Callable[[], None],
+    ) -> None:
         self._target = target
         self._on_end = ended
         self._answered = threading.Event()
@@ -74,10 +85,13 @@ class LookupStream:
         self._pending: dict[int, Pending] = {}
         self._last_id = 0
         self._ended: EngramError | None = None
-        self._requests: SimpleQueue[pb.LookupRequest | None] = SimpleQueue()
-        self._call = stub.Lookup(iter(self._requests.get, None))
+        self._late: dict[int, Callable[[Any], None]] = {}
+        self._requests: SimpleQueue[Any] = SimpleQueue()
+        self._call = method(iter(self._requests.get, None))
         self.boot_id = ""
-        threading.Thread(target=self._receive, name="engram-lookup", daemon=True).start()
+        threading.Thread(target=self._receive, name="engram-stream", daemon=True).start()
+        if timeout_s is None:
+            return
         if not self._answered.wait(timeout_s):
             self._end(UnavailableError(f"{target} did not answer in time; is it stopped?"))
             self._call.cancel()
@@ -89,7 +103,12 @@ class LookupStream:
         """Whether new requests can be sent."""
         return self._ended is None
 
-    def send(self, request: pb.LookupRequest, timeout_s: float) -> Pending:
+    @property
+    def unanswered(self) -> int:
+        """Requests whose final reply has not come."""
+        return len(self._pending) + len(self._late)
+
+    def send(self, request: Any, timeout_s: float) -> Pending:
         """Send `request` under an id of its own.
 
         Raises:
@@ -105,10 +124,21 @@ class LookupStream:
             self._requests.put(request)
         return pending
 
-    def forget(self, pending: Pending) -> None:
-        """Ignore what still comes for `pending`."""
+    def forget(self, pending: Pending, then: Callable[[Any], None] | None = None) -> None:
+        """Wait no longer for `pending`.
+
+        Args:
+            then: called once, with its final reply or with the error that ended the stream; by
+                this thread if that has come already, else by the stream's.
+        """
         with self._lock:
-            self._pending.pop(pending.request_id, None)
+            waiting = self._pending.pop(pending.request_id, None) is not None
+            if waiting and then is not None:
+                self._late[pending.request_id] = then
+        if not waiting and then is not None:
+            while not _is_last(outcome := pending.arrived.get()):
+                pass
+            then(outcome)
 
     def close(self) -> None:
         """End the stream; requests in flight fail."""
@@ -133,7 +163,7 @@ class LookupStream:
         self._answered.set()
         self._on_end()
 
-    def _deliver(self, reply: pb.LookupResponse) -> None:
+    def _deliver(self, reply: Any) -> None:
         if reply.draining:
             # What was sent is still answered; half-closing says that nothing follows.
             with self._lock:
@@ -141,20 +171,27 @@ class LookupStream:
                 self._requests.put(None)
             return
         self.boot_id = reply.boot_id
+        late = None
         with self._lock:
             pending = self._pending.get(reply.request_id)
-            if reply.last:
+            if _is_last(reply):
                 self._pending.pop(reply.request_id, None)
+                late = self._late.pop(reply.request_id, None)
         if pending is not None:
             pending.arrived.put(reply)
+        if late is not None:
+            late(reply)
 
     def _end(self, reason: EngramError) -> None:
         with self._lock:
             self._ended = self._ended or reason
             pending, self._pending = self._pending, {}
+            late, self._late = self._late, {}
             self._requests.put(None)
         for each in pending.values():
             each.arrived.put(_copy(reason))
+        for then in late.values():
+            then(reason)
 
 
 def _copy(error: EngramError) -> EngramError:

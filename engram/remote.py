@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import grpc
 import numpy as np
 
 from engram._channel import Tls, require_own_grpc
 from engram._counters import Counters
 from engram._failures import Failures
 from engram._link import Connection, Link
+from engram._prefetches import RemotePrefetch
 from engram._stream import Pending, StreamLostError
 from engram._wire import pack_ngrams, scatter_rows, unpack_failures
 from engram.errors import ServiceError, SpecMismatchError
@@ -29,7 +28,6 @@ from engram.tiers import Int64s, Ngrams, Selection, Tier
 REQUEST_ROWS_MAX = 1 << 14
 """Rows asked for at once: enough to read at depth, few enough that several requests overlap."""
 REQUESTS_IN_FLIGHT_MAX = 4
-PREFETCHES_IN_FLIGHT_MAX = 64
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,6 @@ class RemoteTier(Tier):
         self._target = connection.target
         self._timeout_s = timeout_s
         self._link = Link(connection, tls)
-        # A sidecar that falls behind would only warm what was needed long ago.
-        self._prefetch_room = threading.BoundedSemaphore(PREFETCHES_IN_FLIGHT_MAX)
         self._counters = Counters(
             "requests", "rows_read", "rows_failed", "prefetches", "prefetches_dropped"
         )
@@ -171,38 +167,18 @@ class RemoteTier(Tier):
             "use versions of engram that match"
         )
 
-    def prefetch(self, ngrams: Ngrams) -> None:
+    def prefetch(self, ngrams: Ngrams) -> RemotePrefetch:
         require_own_grpc()
         self._link.require_open()
         try:
             connection = self._link.connection()
         except ServiceError:
             self._counters.add(prefetches_dropped=1)
-            return
+            return RemotePrefetch(None)
         rows_each = len(self.spec.layers) * self.spec.heads
         step = _step(connection.table.limits, rows_each, 1 + 4 * self.spec.max_order)
-        for at in range(0, len(ngrams), step):
-            if self._prefetch_room.acquire(blocking=False):
-                self._counters.add(prefetches=1)
-                self._send_prefetch(connection, _slice(ngrams, at, at + step))
-            else:
-                self._counters.add(prefetches_dropped=1)
-
-    def _send_prefetch(self, connection: Connection, ngrams: Ngrams) -> None:
-        request = pb.PrefetchRequest(
-            table=self.name, fingerprint=self.fingerprint, ngrams=pack_ngrams(ngrams)
-        )
-        try:
-            call = connection.stub.Prefetch.future(request, timeout=self._timeout_s)
-        except ValueError:  # the channel was closed in between
-            self._prefetched(None)
-        else:
-            call.add_done_callback(self._prefetched)
-
-    def _prefetched(self, call: Any) -> None:
-        if call is None or call.code() is not grpc.StatusCode.OK:
-            self._counters.add(prefetches_dropped=1)
-        self._prefetch_room.release()
+        parts = (_slice(ngrams, at, at + step) for at in range(0, len(ngrams), step))
+        return connection.prefetches.send(connection.table, parts, self._counters)
 
     def stats(self) -> dict[str, Any]:
         connection = self._link.now

@@ -35,7 +35,9 @@ from engram.tiers import Ngrams, Selection, Tier
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Engram"].full_name
 UNARY_WORKERS = 8
-"""Threads for everything but Lookup streams, which hold one each."""
+"""Threads for everything but streams, which hold one each."""
+STREAMS_OF_A_CLIENT = 3
+"""Lookup, Fetch and Prefetch."""
 REFLECTION_STREAMS_MAX = UNARY_WORKERS // 2
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -63,7 +65,7 @@ class Server:
     ) -> None:
         self._limits = limits = limits or Limits()
         self._names = tuple(tiers)
-        threads = limits.streams + UNARY_WORKERS
+        threads = STREAMS_OF_A_CLIENT * limits.streams + UNARY_WORKERS
         self._grpc = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="engram-grpc"),
             maximum_concurrent_rpcs=threads,

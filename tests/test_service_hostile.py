@@ -184,15 +184,6 @@ def test_a_client_over_the_limit_learns_what_to_do_and_can_go_on(sidecar, monkey
     [
         ("GetTable", lambda: pb.GetTableRequest(name="other"), "NOT_FOUND"),
         ("GetTable", lambda: pb.GetTableRequest(name="../../etc"), "NOT_FOUND"),
-        ("Prefetch", lambda: pb.PrefetchRequest(table="other"), "NOT_FOUND"),
-        ("Prefetch", lambda: pb.PrefetchRequest(table="model"), "FAILED_PRECONDITION"),
-        (
-            "Prefetch",
-            lambda: pb.PrefetchRequest(
-                table="model", fingerprint=FINGERPRINT, ngrams=pb.Ngrams(orders=b"\x09")
-            ),
-            "INVALID_ARGUMENT",
-        ),
     ],
 )
 def test_unary_calls_end_with_a_status_and_one_line(stub, call, request_of, status):
@@ -205,11 +196,13 @@ def test_unary_calls_end_with_a_status_and_one_line(stub, call, request_of, stat
 
 def test_bytes_that_are_no_message_end_the_call(sidecar):
     with grpc.insecure_channel(sidecar.address) as channel:
-        for raw in (b"\xff" * 40, b"\x12\xff\xff\xff\xff\x0f", b"\x12\x02\xc3\x28"):
+        for raw in (b"\xff" * 40, b"\x12\xff\xff\xff\xff\x0f", b"\x0a\x02\xc3\x28"):
+            for call in ("Lookup", "Fetch", "Prefetch"):
+                stream = channel.stream_stream(f"/engram.v1.Engram/{call}")
+                with pytest.raises(grpc.RpcError):
+                    list(stream(iter([raw]), timeout=20))
             with pytest.raises(grpc.RpcError):
-                list(channel.stream_stream("/engram.v1.Engram/Lookup")(iter([raw]), timeout=20))
-            with pytest.raises(grpc.RpcError):
-                channel.unary_unary("/engram.v1.Engram/Prefetch")(raw, timeout=20)
+                channel.unary_unary("/engram.v1.Engram/GetTable")(raw, timeout=20)
 
 
 @pytest.mark.parametrize(
@@ -267,10 +260,32 @@ def test_open_reflection_streams_leave_room_for_others(sidecar):
             call.cancel()
 
 
+def _prefetch(**changes):
+    told = {"request_id": 1, "table": "model", "fingerprint": FINGERPRINT} | changes
+    return pb.PrefetchRequest(**told)
+
+
+@pytest.mark.parametrize(
+    ("request_of", "code"),
+    [
+        (lambda: _prefetch(table="other"), pb.ERROR_CODE_UNKNOWN_TABLE),
+        (lambda: _prefetch(fingerprint="0"), pb.ERROR_CODE_OTHER_TABLE),
+        (lambda: _prefetch(request_id=0), pb.ERROR_CODE_BAD_REQUEST),
+        (lambda: _prefetch(ngrams=pb.Ngrams(orders=b"\x09")), pb.ERROR_CODE_BAD_REQUEST),
+    ],
+)
+def test_a_prefetch_that_is_refused_leaves_the_stream_usable(stub, request_of, code):
+    good = _prefetch(request_id=2, ngrams=pb.Ngrams(orders=b"\x02", ids=_int32(1, 2)))
+    refused, taken = stub.Prefetch(iter([request_of(), good]), timeout=20)
+    assert refused.error.code == code
+    assert "\n" not in refused.error.message
+    assert not taken.HasField("error")
+    assert taken.request_id == 2
+
+
 def test_a_prefetch_of_too_many_rows_is_refused(stub):
     count = 2000 // 16 + 1
     ngrams = pb.Ngrams(orders=bytes([2]) * count, ids=_int32(*range(2 * count)))
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.Prefetch(pb.PrefetchRequest(table="model", fingerprint=FINGERPRINT, ngrams=ngrams))
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "2000" in caught.value.details()
+    (reply,) = stub.Prefetch(iter([_prefetch(ngrams=ngrams)]), timeout=20)
+    assert reply.error.code == pb.ERROR_CODE_BAD_REQUEST
+    assert "2000" in reply.error.message

@@ -132,11 +132,11 @@ def test_one_client_too_many_is_refused_and_may_come_back(sidecar, expected):
 
 
 def test_calls_beyond_what_there_are_threads_for_are_refused_at_once(sidecar):
-    """Two streams and eight other calls may run; here ten that never ask hold all of it."""
+    """Two clients' three streams and eight other calls may run; fourteen that never ask hold it."""
     silent: SimpleQueue = SimpleQueue()
     with grpc.insecure_channel(sidecar.address) as channel:
         ask = channel.stream_unary("/engram.v1.Engram/ListTables")
-        held = [ask.future(iter(silent.get, None)) for _ in range(10)]
+        held = [ask.future(iter(silent.get, None)) for _ in range(14)]
         _until(lambda: "no room" in _refusal(sidecar.address))
         for call in held:
             call.cancel()

@@ -325,7 +325,7 @@ def test_threads_of_streams_end_with_them(own_server):
     _, _, address = own_server
 
     def working():
-        return sum(thread.name == "engram-lookup" for thread in threading.enumerate())
+        return sum(thread.name == "engram-stream" for thread in threading.enumerate())
 
     before = working()
     for _ in range(5):

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65ngram/v1/engram.proto\x12\tengram.v1\"\x13\n\x11ListTablesRequest\"\x86\x01\n\x12ListTablesResponse\x12\x33\n\x06tables\x18\x01 \x03(\x0b\x32#.engram.v1.ListTablesResponse.Table\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x1a*\n\x05Table\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"\x1f\n\x0fGetTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xd6\x01\n\x10GetTableResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x0c\n\x04spec\x18\x04 \x01(\t\x12\x11\n\ttoken_map\x18\x05 \x01(\x0c\x12(\n\nrow_format\x18\x06 \x01(\x0b\x32\x14.engram.v1.RowFormat\x12 \n\x06layers\x18\x07 \x03(\x0b\x32\x10.engram.v1.Layer\x12!\n\x06limits\x18\x08 \x01(\x0b\x32\x11.engram.v1.Limits\"R\n\tRowFormat\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x19\n\x0cglobal_scale\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_global_scale\"$\n\x05Layer\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\x04\"5\n\x06Limits\x12\x10\n\x08max_rows\x18\x01 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\x04\"%\n\x06Ngrams\x12\x0e\n\x06orders\x18\x01 \x01(\x0c\x12\x0b\n\x03ids\x18\x02 \x01(\x0c\"X\n\x0fPrefetchRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12!\n\x06ngrams\x18\x03 \x01(\x0b\x32\x11.engram.v1.Ngrams\"#\n\x10PrefetchResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\"Q\n\x0bNgramLookup\x12!\n\x06ngrams\x18\x01 \x01(\x0b\x32\x11.engram.v1.Ngrams\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12\x0f\n\x07\x63olumns\x18\x03 \x03(\r\"+\n\tRowLookup\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07row_ids\x18\x02 \x01(\x0c\"\xa2\x01\n\rLookupRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05table\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12(\n\x06ngrams\x18\x04 \x01(\x0b\x32\x16.engram.v1.NgramLookupH\x00\x12$\n\x04rows\x18\x05 \x01(\x0b\x32\x14.engram.v1.RowLookupH\x00\x42\t\n\x07rows_of\"\xde\x01\n\x0eLookupResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x11\n\tfirst_row\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12%\n\x06\x66\x61iled\x18\x06 \x03(\x0b\x32\x15.engram.v1.FailedRows\x12\x1f\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x10.engram.v1.Error\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x0e\n\x06values\x18\t \x01(\x0c\x12\x0e\n\x06scales\x18\n \x01(\x0c\";\n\nFailedRows\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07row_ids\x18\x02 \x03(\x04\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\"<\n\x05\x45rror\x12\"\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x14.engram.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t*\xe3\x01\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45RROR_CODE_BAD_REQUEST\x10\x01\x12\x1c\n\x18\x45RROR_CODE_UNKNOWN_TABLE\x10\x02\x12\x1a\n\x16\x45RROR_CODE_OTHER_TABLE\x10\x03\x12\x19\n\x15\x45RROR_CODE_OVERLOADED\x10\x04\x12\x1a\n\x16\x45RROR_CODE_UNAVAILABLE\x10\x05\x12\x14\n\x10\x45RROR_CODE_STORE\x10\x06\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\x07\x32\xa0\x02\n\x06\x45ngram\x12I\n\nListTables\x12\x1c.engram.v1.ListTablesRequest\x1a\x1d.engram.v1.ListTablesResponse\x12\x43\n\x08GetTable\x12\x1a.engram.v1.GetTableRequest\x1a\x1b.engram.v1.GetTableResponse\x12\x43\n\x08Prefetch\x12\x1a.engram.v1.PrefetchRequest\x1a\x1b.engram.v1.PrefetchResponse\x12\x41\n\x06Lookup\x12\x18.engram.v1.LookupRequest\x1a\x19.engram.v1.LookupResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65ngram/v1/engram.proto\x12\tengram.v1\"\x13\n\x11ListTablesRequest\"\x86\x01\n\x12ListTablesResponse\x12\x33\n\x06tables\x18\x01 \x03(\x0b\x32#.engram.v1.ListTablesResponse.Table\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x1a*\n\x05Table\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"\x1f\n\x0fGetTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xe6\x01\n\x10GetTableResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\x0c\n\x04spec\x18\x04 \x01(\t\x12\x11\n\ttoken_map\x18\x05 \x01(\x0c\x12(\n\nrow_format\x18\x06 \x01(\x0b\x32\x14.engram.v1.RowFormat\x12 \n\x06layers\x18\x07 \x03(\x0b\x32\x10.engram.v1.Layer\x12!\n\x06limits\x18\x08 \x01(\x0b\x32\x11.engram.v1.Limits\x12\x0e\n\x06\x61ttach\x18\t \x01(\x08\"R\n\tRowFormat\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x19\n\x0cglobal_scale\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_global_scale\"$\n\x05Layer\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\x04\"5\n\x06Limits\x12\x10\n\x08max_rows\x18\x01 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\x04\"%\n\x06Ngrams\x12\x0e\n\x06orders\x18\x01 \x01(\x0c\x12\x0b\n\x03ids\x18\x02 \x01(\x0c\"\x88\x01\n\x0fPrefetchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05table\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12#\n\x06ngrams\x18\x04 \x01(\x0b\x32\x11.engram.v1.NgramsH\x00\x12\x10\n\x06\x63\x61ncel\x18\x05 \x01(\x04H\x00\x42\x06\n\x04what\"j\n\x10PrefetchResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x1f\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.engram.v1.Error\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"Q\n\x0bNgramLookup\x12!\n\x06ngrams\x18\x01 \x01(\x0b\x32\x11.engram.v1.Ngrams\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12\x0f\n\x07\x63olumns\x18\x03 \x03(\r\"+\n\tRowLookup\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07row_ids\x18\x02 \x01(\x0c\"\xa2\x01\n\rLookupRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05table\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12(\n\x06ngrams\x18\x04 \x01(\x0b\x32\x16.engram.v1.NgramLookupH\x00\x12$\n\x04rows\x18\x05 \x01(\x0b\x32\x14.engram.v1.RowLookupH\x00\x42\t\n\x07rows_of\"\xde\x01\n\x0eLookupResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x11\n\tfirst_row\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12%\n\x06\x66\x61iled\x18\x06 \x03(\x0b\x32\x15.engram.v1.FailedRows\x12\x1f\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x10.engram.v1.Error\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x0e\n\x06values\x18\t \x01(\x0c\x12\x0e\n\x06scales\x18\n \x01(\x0c\"w\n\x0c\x46\x65tchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\r\n\x05\x63hunk\x18\x03 \x01(\r\x12!\n\x06ngrams\x18\x04 \x01(\x0b\x32\x11.engram.v1.Ngrams\x12\x12\n\ntimeout_ms\x18\x05 \x01(\r\"\x8e\x01\n\rFetchResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12%\n\x06\x66\x61iled\x18\x03 \x03(\x0b\x32\x15.engram.v1.FailedRows\x12\x1f\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x10.engram.v1.Error\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\";\n\nFailedRows\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07row_ids\x18\x02 \x03(\x04\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\"<\n\x05\x45rror\x12\"\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x14.engram.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t*\xe3\x01\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45RROR_CODE_BAD_REQUEST\x10\x01\x12\x1c\n\x18\x45RROR_CODE_UNKNOWN_TABLE\x10\x02\x12\x1a\n\x16\x45RROR_CODE_OTHER_TABLE\x10\x03\x12\x19\n\x15\x45RROR_CODE_OVERLOADED\x10\x04\x12\x1a\n\x16\x45RROR_CODE_UNAVAILABLE\x10\x05\x12\x14\n\x10\x45RROR_CODE_STORE\x10\x06\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\x07\x32\xe4\x02\n\x06\x45ngram\x12I\n\nListTables\x12\x1c.engram.v1.ListTablesRequest\x1a\x1d.engram.v1.ListTablesResponse\x12\x43\n\x08GetTable\x12\x1a.engram.v1.GetTableRequest\x1a\x1b.engram.v1.GetTableResponse\x12G\n\x08Prefetch\x12\x1a.engram.v1.PrefetchRequest\x1a\x1b.engram.v1.PrefetchResponse(\x01\x30\x01\x12\x41\n\x06Lookup\x12\x18.engram.v1.LookupRequest\x1a\x19.engram.v1.LookupResponse(\x01\x30\x01\x12>\n\x05\x46\x65tch\x12\x17.engram.v1.FetchRequest\x1a\x18.engram.v1.FetchResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'engram.v1.engram_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ERRORCODE']._serialized_start=1430
-  _globals['_ERRORCODE']._serialized_end=1657
+  _globals['_ERRORCODE']._serialized_start=1832
+  _globals['_ERRORCODE']._serialized_end=2059
   _globals['_LISTTABLESREQUEST']._serialized_start=37
   _globals['_LISTTABLESREQUEST']._serialized_end=56
   _globals['_LISTTABLESRESPONSE']._serialized_start=59
@@ -42,31 +42,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTABLEREQUEST']._serialized_start=195
   _globals['_GETTABLEREQUEST']._serialized_end=226
   _globals['_GETTABLERESPONSE']._serialized_start=229
-  _globals['_GETTABLERESPONSE']._serialized_end=443
-  _globals['_ROWFORMAT']._serialized_start=445
-  _globals['_ROWFORMAT']._serialized_end=527
-  _globals['_LAYER']._serialized_start=529
-  _globals['_LAYER']._serialized_end=565
-  _globals['_LIMITS']._serialized_start=567
-  _globals['_LIMITS']._serialized_end=620
-  _globals['_NGRAMS']._serialized_start=622
-  _globals['_NGRAMS']._serialized_end=659
-  _globals['_PREFETCHREQUEST']._serialized_start=661
-  _globals['_PREFETCHREQUEST']._serialized_end=749
-  _globals['_PREFETCHRESPONSE']._serialized_start=751
-  _globals['_PREFETCHRESPONSE']._serialized_end=786
-  _globals['_NGRAMLOOKUP']._serialized_start=788
-  _globals['_NGRAMLOOKUP']._serialized_end=869
-  _globals['_ROWLOOKUP']._serialized_start=871
-  _globals['_ROWLOOKUP']._serialized_end=914
-  _globals['_LOOKUPREQUEST']._serialized_start=917
-  _globals['_LOOKUPREQUEST']._serialized_end=1079
-  _globals['_LOOKUPRESPONSE']._serialized_start=1082
-  _globals['_LOOKUPRESPONSE']._serialized_end=1304
-  _globals['_FAILEDROWS']._serialized_start=1306
-  _globals['_FAILEDROWS']._serialized_end=1365
-  _globals['_ERROR']._serialized_start=1367
-  _globals['_ERROR']._serialized_end=1427
-  _globals['_ENGRAM']._serialized_start=1660
-  _globals['_ENGRAM']._serialized_end=1948
+  _globals['_GETTABLERESPONSE']._serialized_end=459
+  _globals['_ROWFORMAT']._serialized_start=461
+  _globals['_ROWFORMAT']._serialized_end=543
+  _globals['_LAYER']._serialized_start=545
+  _globals['_LAYER']._serialized_end=581
+  _globals['_LIMITS']._serialized_start=583
+  _globals['_LIMITS']._serialized_end=636
+  _globals['_NGRAMS']._serialized_start=638
+  _globals['_NGRAMS']._serialized_end=675
+  _globals['_PREFETCHREQUEST']._serialized_start=678
+  _globals['_PREFETCHREQUEST']._serialized_end=814
+  _globals['_PREFETCHRESPONSE']._serialized_start=816
+  _globals['_PREFETCHRESPONSE']._serialized_end=922
+  _globals['_NGRAMLOOKUP']._serialized_start=924
+  _globals['_NGRAMLOOKUP']._serialized_end=1005
+  _globals['_ROWLOOKUP']._serialized_start=1007
+  _globals['_ROWLOOKUP']._serialized_end=1050
+  _globals['_LOOKUPREQUEST']._serialized_start=1053
+  _globals['_LOOKUPREQUEST']._serialized_end=1215
+  _globals['_LOOKUPRESPONSE']._serialized_start=1218
+  _globals['_LOOKUPRESPONSE']._serialized_end=1440
+  _globals['_FETCHREQUEST']._serialized_start=1442
+  _globals['_FETCHREQUEST']._serialized_end=1561
+  _globals['_FETCHRESPONSE']._serialized_start=1564
+  _globals['_FETCHRESPONSE']._serialized_end=1706
+  _globals['_FAILEDROWS']._serialized_start=1708
+  _globals['_FAILEDROWS']._serialized_end=1767
+  _globals['_ERROR']._serialized_start=1769
+  _globals['_ERROR']._serialized_end=1829
+  _globals['_ENGRAM']._serialized_start=2062
+  _globals['_ENGRAM']._serialized_end=2418
 # @@protoc_insertion_point(module_scope)

@@ -52,7 +52,7 @@ class GetTableRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class GetTableResponse(_message.Message):
-    __slots__ = ("name", "fingerprint", "boot_id", "spec", "token_map", "row_format", "layers", "limits")
+    __slots__ = ("name", "fingerprint", "boot_id", "spec", "token_map", "row_format", "layers", "limits", "attach")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +61,7 @@ class GetTableResponse(_message.Message):
     ROW_FORMAT_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: str
     boot_id: str
@@ -69,7 +70,8 @@ class GetTableResponse(_message.Message):
     row_format: RowFormat
     layers: _containers.RepeatedCompositeFieldContainer[Layer]
     limits: Limits
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., boot_id: _Optional[str] = ..., spec: _Optional[str] = ..., token_map: _Optional[bytes] = ..., row_format: _Optional[_Union[RowFormat, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    attach: bool
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., boot_id: _Optional[str] = ..., spec: _Optional[str] = ..., token_map: _Optional[bytes] = ..., row_format: _Optional[_Union[RowFormat, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., attach: bool = ...) -> None: ...
 
 class RowFormat(_message.Message):
     __slots__ = ("name", "dim", "global_scale")
@@ -106,20 +108,30 @@ class Ngrams(_message.Message):
     def __init__(self, orders: _Optional[bytes] = ..., ids: _Optional[bytes] = ...) -> None: ...
 
 class PrefetchRequest(_message.Message):
-    __slots__ = ("table", "fingerprint", "ngrams")
+    __slots__ = ("request_id", "table", "fingerprint", "ngrams", "cancel")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NGRAMS_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
     table: str
     fingerprint: str
     ngrams: Ngrams
-    def __init__(self, table: _Optional[str] = ..., fingerprint: _Optional[str] = ..., ngrams: _Optional[_Union[Ngrams, _Mapping]] = ...) -> None: ...
+    cancel: int
+    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., fingerprint: _Optional[str] = ..., ngrams: _Optional[_Union[Ngrams, _Mapping]] = ..., cancel: _Optional[int] = ...) -> None: ...
 
 class PrefetchResponse(_message.Message):
-    __slots__ = ("boot_id",)
+    __slots__ = ("request_id", "boot_id", "error", "draining")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
     boot_id: str
-    def __init__(self, boot_id: _Optional[str] = ...) -> None: ...
+    error: Error
+    draining: bool
+    def __init__(self, request_id: _Optional[int] = ..., boot_id: _Optional[str] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., draining: bool = ...) -> None: ...
 
 class NgramLookup(_message.Message):
     __slots__ = ("ngrams", "layers", "columns")
@@ -176,6 +188,34 @@ class LookupResponse(_message.Message):
     values: bytes
     scales: bytes
     def __init__(self, request_id: _Optional[int] = ..., boot_id: _Optional[str] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., last: bool = ..., failed: _Optional[_Iterable[_Union[FailedRows, _Mapping]]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., draining: bool = ..., values: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("request_id", "token", "chunk", "ngrams", "timeout_ms")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    NGRAMS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    token: bytes
+    chunk: int
+    ngrams: Ngrams
+    timeout_ms: int
+    def __init__(self, request_id: _Optional[int] = ..., token: _Optional[bytes] = ..., chunk: _Optional[int] = ..., ngrams: _Optional[_Union[Ngrams, _Mapping]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class FetchResponse(_message.Message):
+    __slots__ = ("request_id", "boot_id", "failed", "error", "draining")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    boot_id: str
+    failed: _containers.RepeatedCompositeFieldContainer[FailedRows]
+    error: Error
+    draining: bool
+    def __init__(self, request_id: _Optional[int] = ..., boot_id: _Optional[str] = ..., failed: _Optional[_Iterable[_Union[FailedRows, _Mapping]]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., draining: bool = ...) -> None: ...
 
 class FailedRows(_message.Message):
     __slots__ = ("layer", "row_ids", "cause")

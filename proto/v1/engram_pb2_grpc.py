@@ -45,7 +45,7 @@ class EngramStub(object):
                 request_serializer=engram_dot_v1_dot_engram__pb2.GetTableRequest.SerializeToString,
                 response_deserializer=engram_dot_v1_dot_engram__pb2.GetTableResponse.FromString,
                 _registered_method=True)
-        self.Prefetch = channel.unary_unary(
+        self.Prefetch = channel.stream_stream(
                 '/engram.v1.Engram/Prefetch',
                 request_serializer=engram_dot_v1_dot_engram__pb2.PrefetchRequest.SerializeToString,
                 response_deserializer=engram_dot_v1_dot_engram__pb2.PrefetchResponse.FromString,
@@ -54,6 +54,11 @@ class EngramStub(object):
                 '/engram.v1.Engram/Lookup',
                 request_serializer=engram_dot_v1_dot_engram__pb2.LookupRequest.SerializeToString,
                 response_deserializer=engram_dot_v1_dot_engram__pb2.LookupResponse.FromString,
+                _registered_method=True)
+        self.Fetch = channel.stream_stream(
+                '/engram.v1.Engram/Fetch',
+                request_serializer=engram_dot_v1_dot_engram__pb2.FetchRequest.SerializeToString,
+                response_deserializer=engram_dot_v1_dot_engram__pb2.FetchResponse.FromString,
                 _registered_method=True)
 
 
@@ -76,8 +81,11 @@ class EngramServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Prefetch(self, request, context):
-        """Brings the rows of n-grams closer, in the background. Errors as in Lookup.
+    def Prefetch(self, request_iterator, context):
+        """Brings the rows of n-grams closer, in the background. What is not done when it is cancelled,
+        or when the stream ends, is dropped. Each request is answered once, in order: not when it is
+        done, but when it is queued or refused.
+        RESOURCE_EXHAUSTED: too many streams are open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,6 +96,15 @@ class EngramServicer(object):
         may interleave, those of one request come in row order. A request that fails is answered by
         `error` and leaves the stream usable.
         RESOURCE_EXHAUSTED: too many streams are open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fetch(self, request_iterator, context):
+        """For clients on this host that have attached: writes whole n-grams into the client's staging
+        memory, in the order asked for, from the start of a chunk. A chunk belongs to the request that
+        names it until the reply to it came. Otherwise as Lookup, with one reply to a request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +123,7 @@ def add_EngramServicer_to_server(servicer, server):
                     request_deserializer=engram_dot_v1_dot_engram__pb2.GetTableRequest.FromString,
                     response_serializer=engram_dot_v1_dot_engram__pb2.GetTableResponse.SerializeToString,
             ),
-            'Prefetch': grpc.unary_unary_rpc_method_handler(
+            'Prefetch': grpc.stream_stream_rpc_method_handler(
                     servicer.Prefetch,
                     request_deserializer=engram_dot_v1_dot_engram__pb2.PrefetchRequest.FromString,
                     response_serializer=engram_dot_v1_dot_engram__pb2.PrefetchResponse.SerializeToString,
@@ -115,6 +132,11 @@ def add_EngramServicer_to_server(servicer, server):
                     servicer.Lookup,
                     request_deserializer=engram_dot_v1_dot_engram__pb2.LookupRequest.FromString,
                     response_serializer=engram_dot_v1_dot_engram__pb2.LookupResponse.SerializeToString,
+            ),
+            'Fetch': grpc.stream_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=engram_dot_v1_dot_engram__pb2.FetchRequest.FromString,
+                    response_serializer=engram_dot_v1_dot_engram__pb2.FetchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -183,7 +205,7 @@ class Engram(object):
             _registered_method=True)
 
     @staticmethod
-    def Prefetch(request,
+    def Prefetch(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -193,8 +215,8 @@ class Engram(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/engram.v1.Engram/Prefetch',
             engram_dot_v1_dot_engram__pb2.PrefetchRequest.SerializeToString,
@@ -226,6 +248,33 @@ class Engram(object):
             '/engram.v1.Engram/Lookup',
             engram_dot_v1_dot_engram__pb2.LookupRequest.SerializeToString,
             engram_dot_v1_dot_engram__pb2.LookupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/engram.v1.Engram/Fetch',
+            engram_dot_v1_dot_engram__pb2.FetchRequest.SerializeToString,
+            engram_dot_v1_dot_engram__pb2.FetchResponse.FromString,
             options,
             channel_credentials,
             insecure,
