@@ -195,12 +195,14 @@ def test_unary_calls_end_with_a_status_and_one_line(stub, call, request_of, stat
 
 
 def test_bytes_that_are_no_message_end_the_call(sidecar):
+    garbage, too_long, no_text = b"\xff" * 40, b"\x12\xff\xff\xff\xff\x0f", b"\x12\x02\xc3\x28"
+    calls = [(call, raw) for call in ("Lookup", "Fetch", "Prefetch") for raw in (garbage, too_long)]
     with grpc.insecure_channel(sidecar.address) as channel:
-        for raw in (b"\xff" * 40, b"\x12\xff\xff\xff\xff\x0f", b"\x0a\x02\xc3\x28"):
-            for call in ("Lookup", "Fetch", "Prefetch"):
-                stream = channel.stream_stream(f"/engram.v1.Engram/{call}")
-                with pytest.raises(grpc.RpcError):
-                    list(stream(iter([raw]), timeout=20))
+        for call, raw in [*calls, ("Lookup", no_text), ("Prefetch", no_text)]:
+            stream = channel.stream_stream(f"/engram.v1.Engram/{call}")
+            with pytest.raises(grpc.RpcError):
+                list(stream(iter([raw]), timeout=20))
+        for raw in (garbage, too_long):
             with pytest.raises(grpc.RpcError):
                 channel.unary_unary("/engram.v1.Engram/GetTable")(raw, timeout=20)
 
