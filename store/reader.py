@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,8 @@ class StoreReader:
 
     def _open(self, descriptor: int, physical: Physical, guard: bool) -> None:
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise StoreError("the data file is not a regular file; import the table again")
             before = datafile.identity(descriptor)
             datafile.check_structure(descriptor, self.manifest, physical)
             self.token_map = datafile.read_embedded(descriptor, self.manifest, physical)
