@@ -77,6 +77,23 @@ def copy_repeats(first: Int32s, selection: Selection, out: Rows) -> None:
             )
 
 
+def number_ngrams(ngrams: Ngrams) -> tuple[Int64s, Int64s]:
+    """Find repeated n-grams.
+
+    Args:
+        ngrams: unused entries of their windows are all alike.
+
+    Returns:
+        int64 `[D]`, position of the first of each n-gram, ascending; int64 `[N]`, for each n-gram
+        its number among those.
+    """
+    number = np.empty(len(ngrams), np.int64)
+    firsts = np.empty(len(ngrams), np.int64)
+    buckets = np.full(1 << (2 * max(len(ngrams), 1)).bit_length(), -1, np.int64)
+    count = _number_ngrams(ngrams.windows, ngrams.orders, number, firsts, buckets)
+    return firsts[:count], number
+
+
 def distinct_rows(row_ids: Int64s) -> tuple[Int64s, Int64s]:
     """Find repeated row ids.
 
@@ -134,6 +151,36 @@ def _find_first(windows, min_order, used, first, buckets):  # type: ignore[no-un
                     first[token, order] = seen
                     break
                 bucket = (bucket + 1) & mask
+    return count
+
+
+@kernel
+def _number_ngrams(windows, orders, number, firsts, buckets):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    mask = np.uint64(buckets.size - 1)
+    count = 0
+    for n in range(orders.size):
+        state = np.uint64(orders[n])
+        for s in range(orders[n]):
+            state = mix64(state ^ np.uint64(windows[n, s]))
+        bucket = np.int64(state & mask)
+        while True:
+            known = buckets[bucket]
+            if known < 0:
+                buckets[bucket] = count
+                firsts[count] = n
+                number[n] = count
+                count += 1
+                break
+            seen = firsts[known]
+            same = orders[seen] == orders[n]
+            for s in range(orders[n]):
+                if not same:
+                    break
+                same = windows[seen, s] == windows[n, s]
+            if same:
+                number[n] = known
+                break
+            bucket = (bucket + 1) & np.int64(mask)
     return count
 
 
@@ -216,3 +263,17 @@ def first_twin(windows: Int32s, min_order: int, used: np.ndarray) -> Int32s:
         for order in np.flatnonzero(used):
             first[token, order] = seen.setdefault(tuple(window[: min_order + order]), token)
     return first
+
+
+def number_twin(ngrams: Ngrams) -> tuple[list[int], list[int]]:
+    """`number_ngrams` by a plain dict: its oracle."""
+    numbers: dict[tuple[int, ...], int] = {}
+    firsts: list[int] = []
+    number = []
+    for n, (window, order) in enumerate(zip(ngrams.windows.tolist(), ngrams.orders, strict=True)):
+        key = tuple(window[:order])
+        if key not in numbers:
+            numbers[key] = len(firsts)
+            firsts.append(n)
+        number.append(numbers[key])
+    return firsts, number

@@ -15,7 +15,7 @@ from engram.rows import RowFormat, Rows
 from engram.spec import NgramSpec
 from engram.store.manifest import Schema
 from engram.store.reader import StoreReader, TableFiles
-from engram.tiers import Int64s, Ngrams, Selection, Tier
+from engram.tiers import Int64s, Ngrams, Prefetch, Selection, Tier
 
 PENDING_NGRAMS_MAX = 1 << 18
 """N-grams that may wait to be prefetched."""
@@ -98,19 +98,22 @@ class SsdTier(Tier):
         finally:
             self._counters.add(ngrams_read=ngrams, rows_read=len(row_ids), rows_failed=failed)
 
-    def prefetch(self, ngrams: Ngrams) -> None:
+    def prefetch(self, ngrams: Ngrams) -> Prefetch:
         if self._closed:
             raise StoreError(f"{self.name}: the table is closed; open it again")
-        if self._background.submit(len(ngrams), self._touch, ngrams):
+        handle = Prefetch()
+        if self._background.submit(len(ngrams), self._touch, ngrams, handle):
             self._counters.add(prefetches=1)
         else:
             self._counters.add(prefetches_dropped=1)
+        return handle
 
-    def _touch(self, ngrams: Ngrams) -> None:
+    def _touch(self, ngrams: Ngrams, handle: Prefetch) -> None:
         # In parts, so that a long prompt's row ids never stand in memory all at once.
         for at in range(0, len(ngrams), _TOUCHED_NGRAMS):
-            part = slice(at, at + _TOUCHED_NGRAMS)
-            some = Ngrams(ngrams.windows[part], ngrams.orders[part])
+            if handle.cancelled:
+                return
+            some = ngrams.take(slice(at, at + _TOUCHED_NGRAMS))
             self._reader.touch(*self._rows_of(some, self._everything))
 
     def files(self) -> TableFiles:

@@ -11,18 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from engram._counters import Counters
-from engram._ngrams import (
-    copy_repeated_rows,
-    copy_repeats,
-    distinct_ngrams,
-    distinct_rows,
-    places_of,
-)
+from engram._ngrams import copy_repeated_rows, distinct_ngrams, distinct_rows
 from engram.errors import RowIntegrityError, SelectionError
+from engram.ram.budget import ram_budget
+from engram.ram.tier import ram_tiers
 from engram.rows import RowFormat, Rows
 from engram.spec import NgramSpec
 from engram.ssd import SsdTier
-from engram.tiers import Ngrams, Selection, Tier
+from engram.tiers import Ngrams, Prefetch, Selection, Tier
+
+RAM_BYTES_DEFAULT = 1 << 30
+_SELECTIONS_KEPT = 64
 
 
 class Table:
@@ -56,9 +55,8 @@ class Table:
         self.fingerprint = tier.fingerprint
         self.name = tier.name
         self._everything = Selection.of(tier.spec)
-        self._counters = Counters(
-            "lookups", "tokens", "ngrams_requested", "ngrams_unique", "lookups_failed"
-        )
+        self._counters = Counters("lookups", "tokens", "lookups_failed")
+        self._selections: dict[tuple[Any, Any], Selection] = {}
 
     def lookup(
         self,
@@ -99,25 +97,13 @@ class Table:
         else:
             out.check(shape, self.row_format)
         windows = windows.reshape(-1, self.spec.max_order)
-        ngrams, ngram_tokens, first = distinct_ngrams(windows, self.spec.min_order, selection)
-        places = places_of(ngrams, ngram_tokens, selection)
         flat = out.reshape((windows.shape[0] * len(selection.layers) * len(selection.columns),))
-        failed = True
+        failed = 1
         try:
-            self._tier.read(ngrams, selection, flat, places)
-            failed = False
-        except RowIntegrityError:
-            copy_repeats(first, selection, flat)
-            raise
+            self._tier.lookup(windows, selection, flat)
+            failed = 0
         finally:
-            self._counters.add(
-                lookups=1,
-                tokens=len(windows),
-                ngrams_requested=int((first >= 0).sum()),
-                ngrams_unique=len(ngrams),
-                lookups_failed=int(failed),
-            )
-        copy_repeats(first, selection, flat)
+            self._counters.add(lookups=1, tokens=len(windows), lookups_failed=failed)
         return out
 
     def lookup_rows(self, layer: int, row_ids: npt.ArrayLike, out: Rows | None = None) -> Rows:
@@ -165,21 +151,32 @@ class Table:
         starts: npt.ArrayLike | None = None,
         history: npt.ArrayLike | None = None,
         dead: npt.ArrayLike | None = None,
-    ) -> None:
+    ) -> Prefetch:
         """Bring the rows of a coming `lookup` closer; returns at once.
 
+        It gives way to lookups. Several continuations of one context (speculation) may go into
+        one call, as sequences of a batch.
+
         Args and raises: as `lookup`, but rows that cannot be read are left for the lookup to name.
+
+        Returns:
+            a handle to cancel it with, once its request has gone away.
         """
         windows = self.spec.windows(tokens, starts, history, dead)
         windows = windows.reshape(-1, self.spec.max_order)
         ngrams: Ngrams
         ngrams, _, _ = distinct_ngrams(windows, self.spec.min_order, self._everything)
-        if len(ngrams):
-            self._tier.prefetch(ngrams)
+        return self._tier.prefetch(ngrams) if len(ngrams) else Prefetch()
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the table was opened, with those of its tier under `"tiers"`."""
-        return {"table": self.name, **self._counters.read(), "tiers": [self._tier.stats()]}
+        """Counters since the table was opened, with those of its tiers, fastest first, under
+        `"tiers"`."""
+        tiers = []
+        tier: Tier | None = self._tier
+        while tier is not None:
+            tiers.append(tier.stats())
+            tier = tier.backing
+        return {"table": self.name, **self._counters.read(), "tiers": tiers}
 
     def close(self) -> None:
         """Free files, maps and connections; safe to call twice."""
@@ -188,7 +185,17 @@ class Table:
     def _selection(self, layers: Sequence[int] | None, columns: Sequence[int] | None) -> Selection:
         if layers is None and columns is None:
             return self._everything
-        return Selection.of(self.spec, layers, columns)
+        try:
+            key = (_as_key(layers), _as_key(columns))
+            selection = self._selections.get(key)
+        except TypeError:  # of something that is no list of numbers: refused below
+            return Selection.of(self.spec, layers, columns)
+        if selection is None:
+            selection = Selection.of(self.spec, layers, columns)
+            if len(self._selections) >= _SELECTIONS_KEPT:
+                self._selections.clear()
+            self._selections[key] = selection
+        return selection
 
     def __enter__(self) -> Table:
         return self
@@ -208,16 +215,33 @@ class Table:
         )
 
 
-def open(path: str | os.PathLike[str], *, guard: bool = False) -> Table:
+def _as_key(chosen: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if chosen is None else tuple(chosen)
+
+
+def open(
+    path: str | os.PathLike[str], *, ram: int | str | None = None, guard: bool = False
+) -> Table:
     """Open a table on local disk, read by this process itself.
 
     Args:
         path: the table's directory, made by `engram import` or `engram synth`.
+        ram: memory for n-grams that were looked up, like `"8GiB"` or in bytes; 0 keeps none. When
+            None, 1 GiB, or a quarter of what this process may use if that is less. It is taken as
+            n-grams come in, not at once.
         guard: read through a memory map instead of `pread`: faster for rows in the page cache,
             but installs a SIGBUS handler in this process.
 
     Raises:
         StoreError: no table there, or one that cannot be used.
         CorruptTableError: its structure is damaged.
+        ConfigError: `ram` is no size, or more than this process may use.
     """
-    return Table(SsdTier(path, guard=guard))
+    budget = ram_budget(ram, most=RAM_BYTES_DEFAULT)
+    tier = SsdTier(path, guard=guard)
+    try:
+        (ram_tier,) = ram_tiers({tier.name: tier}, budget, shared=False).values()
+    except BaseException:
+        tier.close()
+        raise
+    return Table(ram_tier)

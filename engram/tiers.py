@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from engram.errors import SelectionError
+from engram.errors import RowIntegrityError, SelectionError
 from engram.rows import RowFormat, Rows
 
 if TYPE_CHECKING:
@@ -66,6 +66,13 @@ class Selection:
             spec.min_order,
             spec.num_orders,
         )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.layers, self.columns, self.heads, self.min_order, self.orders))
 
     @cached_property
     def order_bounds(self) -> Int64s:
@@ -127,10 +134,25 @@ class Ngrams:
     def __len__(self) -> int:
         return len(self.orders)
 
+    def take(self, which: Int64s | slice) -> Ngrams:
+        """Some of them, by position."""
+        return Ngrams(self.windows[which], self.orders[which])
+
     def row_count(self, selection: Selection) -> int:
         """Number of rows these n-grams have under `selection`."""
         widths = np.diff(selection.order_bounds)
         return len(selection.layers) * int(widths[self.orders - selection.min_order].sum())
+
+
+class Prefetch:
+    """N-grams on their way closer; `cancel` those that will not be needed after all."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Start no more reads for it. Safe at any time, twice, and from any thread."""
+        self.cancelled = True
 
 
 class Tier(ABC):
@@ -145,6 +167,27 @@ class Tier(ABC):
     name: str
     """How messages name the table."""
     fingerprint: str
+    backing: Tier | None = None
+    """The tier below, which serves what this one lacks."""
+
+    def lookup(self, windows: Int32s, selection: Selection, out: Rows) -> None:
+        """Write the rows of all tokens' n-grams into `out`.
+
+        Args:
+            windows: int32 `[T, max_order]`, canonical ids, newest first.
+            out: flat rows `[T * layers * columns, bytes]`, by token, layer, column.
+
+        Raises: as `read`.
+        """
+        from engram._ngrams import copy_repeats, distinct_ngrams, places_of
+
+        ngrams, tokens, first = distinct_ngrams(windows, selection.min_order, selection)
+        try:
+            self.read(ngrams, selection, out, places_of(ngrams, tokens, selection))
+        except RowIntegrityError:
+            copy_repeats(first, selection, out)
+            raise
+        copy_repeats(first, selection, out)
 
     @abstractmethod
     def read(self, ngrams: Ngrams, selection: Selection, out: Rows, places: Int64s) -> None:
@@ -173,7 +216,7 @@ class Tier(ABC):
         """
 
     @abstractmethod
-    def prefetch(self, ngrams: Ngrams) -> None:
+    def prefetch(self, ngrams: Ngrams) -> Prefetch:
         """Bring rows of `ngrams` closer, in the background; returns at once and never raises for
         rows that cannot be read (a later `read` does)."""
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from engram.errors import RowIntegrityError, StoreError
 from engram.store.synth import synthetic_rows
-from engram.tiers import Tier
+from engram.tiers import Prefetch, Tier
 
 
 class DictTier(Tier):
@@ -63,6 +63,7 @@ class DictTier(Tier):
     def prefetch(self, ngrams):
         self._require_open()
         self.prefetched.append(ngrams)
+        return Prefetch()
 
     def _require_open(self):
         if self.closed:

@@ -22,6 +22,7 @@ from engram.errors import (
     StoreError,
     TokenError,
 )
+from engram.ram.tier import ram_tiers
 from engram.rows import RowFormat, Rows
 from engram.ssd import SsdTier, schema_of
 from engram.store.manifest import read_manifest
@@ -30,7 +31,8 @@ from engram.store.writer import build_table
 from engram.table import Table
 from engram.tiers import Ngrams, Selection
 
-TIERS = ("model", "ssd-pread", "ssd-map", "remote")
+TIERS = ("model", "ssd-pread", "ssd-map", "ram", "ram-tiny", "ram-0", "remote")
+RAM_BYTES = {"ram": 1 << 20, "ram-tiny": 40_000, "ram-0": 0}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,10 @@ def _made(kind, request, path):
         from engram.remote import RemoteTier
 
         return RemoteTier(request.getfixturevalue("sidecar_address"), "v41")
-    return SsdTier(path, guard=kind == "ssd-map")
+    ssd = SsdTier(path, guard=kind == "ssd-map")
+    if kind in RAM_BYTES:
+        return ram_tiers({"v41": ssd}, RAM_BYTES[kind], shared=False)["v41"]
+    return ssd
 
 
 @pytest.fixture(autouse=True)
@@ -288,9 +293,10 @@ def test_table_counts(v41_table):
         stats = table.stats()
     assert stats["lookups"] == 1
     assert stats["tokens"] == 6
-    assert stats["ngrams_requested"] == 18
-    assert stats["ngrams_unique"] == 3 + 4 + 5
-    assert stats["tiers"][0]["rows_read"] == stats["ngrams_unique"] * 16
+    ram, ssd = stats["tiers"]
+    assert ram["misses"] == 18
+    assert ram["ngrams_read"] == 3 + 4 + 5
+    assert ssd["rows_read"] == ram["ngrams_read"] * 16
 
 
 @pytest.mark.parametrize("kind", TIERS)

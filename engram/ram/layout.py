@@ -61,7 +61,7 @@ WORD_HITS, WORD_MISSES, WORD_LOOKUPS = 8, 9, 10
 # A head, in bytes.
 HEAD_TABLE, HEAD_ORDER, HEAD_IDS = 8, 12, 16
 
-_SLAB_SLOTS_MAX = 1 << 14
+_SLAB_SLOTS_MIN, _SLAB_SLOTS_MAX = 64, 1 << 14
 _SLABS_WANTED = 16
 
 
@@ -173,16 +173,14 @@ class ArenaLayout:
 
     def total_bytes(self, tables: int) -> int:
         """Slabs and directories together."""
-        slabs = sum(self.slab_bytes(slab) for slab in (0, self.slabs - 1) if slab >= 0)
-        if self.slabs > 2:
-            slabs += (self.slabs - 2) * self.slab_bytes(0)
-        elif self.slabs == 1:
-            slabs = self.slab_bytes(0)
-        return slabs + tables * self.directory_bytes
+        whole = max(0, self.slabs - 1) * self.slab_bytes(0)
+        last = self.slab_bytes(self.slabs - 1) if self.slabs else 0
+        return whole + last + tables * self.directory_bytes
 
 
 def _slots_per_slab(slots: int) -> int:
-    return min(_SLAB_SLOTS_MAX, 1 << max(0, (slots // _SLABS_WANTED).bit_length() - 1))
+    wanted = 1 << max(0, (slots // _SLABS_WANTED).bit_length() - 1)
+    return min(_SLAB_SLOTS_MAX, max(_SLAB_SLOTS_MIN, wanted))
 
 
 class View(NamedTuple):

@@ -1,0 +1,434 @@
+# ruff: noqa: ANN001, ANN202 - kernels are typed by what they are called with
+# mypy: ignore-errors
+"""Compiled reading: n-grams to slots, and slots' rows into the caller's buffers.
+
+A slot is trusted if its sequence is even and the same before and after the copy, and its whole
+key is the one asked for. Everything else is a miss: never wrong, only slower. The orderings are
+argued in `docs/synchronization.md`.
+
+Memory is far away, so n-grams pass through three stages, a group in each: hash and ask for the
+bucket's line; find the slot and ask for its head; verify and copy, asking for the next bundle.
+
+Copies are planned once per selection (`engram.ram.copies`), because where a bundle's rows go in
+`[tokens, layers, columns]` depends on nothing but the selection.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engram._jit import (
+    copy_bytes,
+    fence_acquire,
+    kernel,
+    load_acquire,
+    load_relaxed,
+    load_u8,
+    load_u32,
+    load_u64,
+    prefetch,
+    store_relaxed,
+    store_u8,
+)
+from engram.ram.layout import (
+    BUCKET_ENTRIES,
+    HEAD_IDS,
+    HEAD_ORDER,
+    HEAD_TABLE,
+    LINE_BYTES,
+    TOUCHES_MAX,
+    unpack_view,
+)
+from engram.store.checks import mix64
+
+GROUP = 16
+"""N-grams in one stage at a time."""
+_U64 = np.uint64
+
+
+@kernel
+def ngram_hash(seed, windows, index, order):
+    """Hash of the n-gram `windows[index, :order]`."""
+    state = _U64(seed)
+    for s in range(order):
+        state = mix64(state ^ _U64(windows[index, s]))
+    return state
+
+
+@kernel
+def tag_of(hashed):
+    """The tag an entry of this hash has: never 0."""
+    return (hashed >> _U64(32)) | _U64(1)
+
+
+@kernel
+def bucket_of(view, hashed):
+    """Address of the first bucket."""
+    return view.directory + np.int64(hashed & _U64(view.bucket_mask)) * LINE_BYTES
+
+
+@kernel
+def second_bucket_of(view, hashed):
+    """Address of the other bucket."""
+    other = (hashed ^ mix64(tag_of(hashed))) & _U64(view.bucket_mask)
+    return view.directory + np.int64(other) * LINE_BYTES
+
+
+@kernel
+def head_of(view, slot):
+    """Address of a slot's head."""
+    slab = np.int64(load_u64(view.slabs + (slot >> view.slab_shift) * 8))
+    return slab + (slot & ((1 << view.slab_shift) - 1)) * view.head_bytes
+
+
+@kernel
+def bundle_of(view, slot):
+    """Address of a slot's bundle."""
+    slab = np.int64(load_u64(view.slabs + (slot >> view.slab_shift) * 8))
+    return slab + view.heads_bytes + (slot & ((1 << view.slab_shift) - 1)) * view.slot_bytes
+
+
+@kernel
+def is_key(head, table, order, windows, index):
+    """Whether the head at this address names the n-gram `windows[index, :order]` of a table."""
+    same = load_u32(head + HEAD_TABLE) == np.uint32(table)
+    same &= load_u32(head + HEAD_ORDER) == np.uint32(order)
+    if same:
+        for s in range(order):
+            same &= load_u32(head + HEAD_IDS + 4 * s) == np.uint32(windows[index, s])
+    return same
+
+
+@kernel
+def _slot_in(view, bucket, tag):
+    for entry in range(BUCKET_ENTRIES):
+        word = load_relaxed(bucket + entry * 8)
+        if word >> _U64(32) == tag:
+            slot = np.int64(word & _U64(0xFFFFFFFF))
+            if slot < view.slots:
+                return slot
+    return np.int64(-1)
+
+
+@kernel
+def likely_slot(view, hashed):
+    """The slot that an entry with this hash's tag names, or -1; its key is to be compared."""
+    tag = tag_of(hashed)
+    slot = _slot_in(view, bucket_of(view, hashed), tag)
+    if slot < 0:
+        slot = _slot_in(view, second_bucket_of(view, hashed), tag)
+    return slot
+
+
+@kernel
+def _hash_group(view, windows, order_used, first, last, hashes):
+    """Stage 1 for the n-grams (token * orders + order) in `[first, last)`."""
+    orders = len(order_used)
+    for n in range(first, last):
+        token, o = n // orders, n % orders
+        if order_used[o]:
+            hashed = ngram_hash(view.seed, windows, token, view.min_order + o)
+            hashes[n % (4 * GROUP)] = hashed
+            prefetch(bucket_of(view, hashed))
+
+
+@kernel
+def _find_group(view, order_used, first, last, hashes, slots):
+    """Stage 2: `slots`, -1 where there is none, or its order is not used."""
+    orders = len(order_used)
+    for n in range(first, last):
+        slot = np.int64(-1)
+        if order_used[n % orders]:
+            slot = likely_slot(view, hashes[n % (4 * GROUP)])
+            if slot >= 0:
+                prefetch(head_of(view, slot))
+        slots[n] = slot
+
+
+@kernel
+def _ask_for(view, slot, copies, start, stop):
+    base = bundle_of(view, slot)
+    for c in range(start, stop):
+        source = base + copies[c, 0]
+        for line in range(0, copies[c, 3], LINE_BYTES):
+            prefetch(source + line)
+
+
+@kernel
+def _copy_slot(view, slot, windows, token, o, copies, bounds, to_values, to_scales):
+    """Copy what is wanted of a slot, if it can be trusted; whether it could."""
+    head = head_of(view, slot)
+    sequence = load_acquire(head)
+    if sequence & _U64(1) or not is_key(head, view.table, view.min_order + o, windows, token):
+        return False
+    base = bundle_of(view, slot)
+    for c in range(bounds[o], bounds[o + 1]):
+        target = to_scales if copies[c, 1] else to_values
+        copy_bytes(target + copies[c, 2], base + copies[c, 0], copies[c, 3])
+    fence_acquire()
+    return load_relaxed(head) == sequence
+
+
+@kernel
+def _touch(view, slot):
+    count = load_u8(view.touched + slot)
+    if count < TOUCHES_MAX:
+        store_u8(view.touched + slot, np.uint8(count + 1))
+
+
+@kernel
+def count_up(view, word, increment):
+    """Add to a counter of this reader; threads of one reader may lose counts, never tear one."""
+    address = view.counters + word * 8
+    store_relaxed(address, load_relaxed(address) + _U64(increment))
+
+
+@kernel
+def copy_hits(
+    packed_view,
+    windows,
+    order_used,
+    copies,
+    bounds,
+    values,
+    scales,
+    first_token,
+    last_token,
+    slots,
+):
+    """Copy the rows of all n-grams that are in the RAM tier to their tokens' places.
+
+    Args:
+        windows: int32 `[T, max_order]`.
+        order_used: bool `[orders]`.
+        copies, bounds: of the selection, see `engram.ram.copies`.
+        values, scales: uint8 `[T * layers * columns, bytes]`.
+        first_token, last_token: which tokens to serve.
+        slots: int64 `[T, orders]`, set to -1 for misses and unused orders.
+
+    Returns:
+        Number of misses.
+    """
+    view = unpack_view(packed_view)
+    orders = len(order_used)
+    flat = slots.reshape(-1)
+    tokens = max(1, len(windows))
+    value_stride = values.size // tokens
+    scale_stride = scales.size // tokens
+    values_at, scales_at = np.int64(values.ctypes.data), np.int64(scales.ctypes.data)
+    hashes = np.empty(4 * GROUP, np.uint64)
+    begin, end = first_token * orders, last_token * orders
+    misses = 0
+    for stage in range(begin, end + 2 * GROUP, GROUP):
+        if stage < end:
+            _hash_group(view, windows, order_used, stage, min(stage + GROUP, end), hashes)
+        at = stage - GROUP
+        if begin <= at < end:
+            _find_group(view, order_used, at, min(at + GROUP, end), hashes, flat)
+        at -= GROUP
+        if at < begin:
+            continue
+        stop = min(at + GROUP, end)
+        for n in range(at, stop):
+            o = n % orders
+            if n + 1 < stop and flat[n + 1] >= 0:
+                after = (n + 1) % orders
+                _ask_for(view, flat[n + 1], copies, bounds[after], bounds[after + 1])
+            if not order_used[o]:
+                continue
+            token = n // orders
+            slot = flat[n]
+            if slot >= 0 and _copy_slot(
+                view,
+                slot,
+                windows,
+                token,
+                o,
+                copies,
+                bounds,
+                values_at + token * value_stride,
+                scales_at + token * scale_stride,
+            ):
+                _touch(view, slot)
+            else:
+                flat[n] = -1
+                misses += 1
+    return misses
+
+
+@kernel
+def probe(packed_view, windows, order_used, slots):
+    """Slots of all n-grams, for a reader that reads them in place under an epoch.
+
+    Args:
+        slots: int64 `[T, orders]`, set to -1 for misses and unused orders.
+
+    Returns:
+        Number of misses.
+    """
+    view = unpack_view(packed_view)
+    orders = len(order_used)
+    flat = slots.reshape(-1)
+    end = flat.size
+    hashes = np.empty(4 * GROUP, np.uint64)
+    misses = 0
+    for stage in range(0, end + 2 * GROUP, GROUP):
+        if stage < end:
+            _hash_group(view, windows, order_used, stage, min(stage + GROUP, end), hashes)
+        at = stage - GROUP
+        if 0 <= at < end:
+            _find_group(view, order_used, at, min(at + GROUP, end), hashes, flat)
+        at -= GROUP
+        if at < 0:
+            continue
+        for n in range(at, min(at + GROUP, end)):
+            o = n % orders
+            slot = flat[n]
+            if slot >= 0:
+                head = head_of(view, slot)
+                sequence = load_acquire(head)
+                known = is_key(head, view.table, view.min_order + o, windows, n // orders)
+                fence_acquire()
+                if known and sequence & _U64(1) == 0 and load_relaxed(head) == sequence:
+                    _touch(view, slot)
+                    continue
+                flat[n] = -1
+            if order_used[o]:
+                misses += 1
+    return misses
+
+
+@kernel
+def copy_row_of(view, source, layer, head, values, scales, place):
+    """Copy one row of the bundle at `source` to `place` in flat rows."""
+    base = source + layer * view.layer_bytes
+    copy_bytes(values + place * view.value_bytes, base + head * view.value_bytes, view.value_bytes)
+    if view.scale_bytes:
+        base += view.heads * view.value_bytes + head * view.scale_bytes
+        copy_bytes(scales + place * view.scale_bytes, base, view.scale_bytes)
+
+
+@kernel
+def copy_ngram_hits(
+    packed_view, windows, orders, layers, columns, ordered, order_bounds, places, values, scales
+):
+    """`copy_hits` for n-grams whose rows have places of their own.
+
+    Args:
+        windows, orders: int32 `[N, max_order]` and `[N]`.
+        layers, columns, ordered, order_bounds: of the selection.
+        places: int64 `[R]`, in canonical order.
+        values, scales: uint8 `[R', bytes]`.
+
+    Returns:
+        uint8 `[N]`, 1 for misses.
+    """
+    view = unpack_view(packed_view)
+    values_at, scales_at = np.int64(values.ctypes.data), np.int64(scales.ctypes.data)
+    missed = np.ones(len(orders), np.uint8)
+    row = 0
+    for n in range(len(orders)):
+        o = orders[n] - view.min_order
+        start, stop = order_bounds[o], order_bounds[o + 1]
+        slot = likely_slot(view, ngram_hash(view.seed, windows, n, orders[n]))
+        if slot >= 0:
+            head = head_of(view, slot)
+            sequence = load_acquire(head)
+            if sequence & _U64(1) == 0 and is_key(head, view.table, orders[n], windows, n):
+                source, at = bundle_of(view, slot), row
+                for layer in layers:
+                    for k in range(start, stop):
+                        column_head = columns[ordered[k]] % view.heads
+                        copy_row_of(
+                            view, source, layer, column_head, values_at, scales_at, places[at]
+                        )
+                        at += 1
+                fence_acquire()
+                if load_relaxed(head) == sequence:
+                    _touch(view, slot)
+                    missed[n] = 0
+        row += len(layers) * (stop - start)
+    return missed
+
+
+@kernel
+def deliver_ngrams(
+    packed_view,
+    orders,
+    bundles,
+    layers,
+    columns,
+    ordered,
+    order_bounds,
+    places,
+    values,
+    scales,
+):
+    """Copy rows out of bundles that nobody writes any more, for n-grams with places of their own.
+
+    Args:
+        bundles: int64 `[N]`, address of each n-gram's bundle, 0 where there is none.
+        others: as `copy_ngram_hits`.
+    """
+    view = unpack_view(packed_view)
+    values_at, scales_at = np.int64(values.ctypes.data), np.int64(scales.ctypes.data)
+    row = 0
+    for n in range(len(orders)):
+        o = orders[n] - view.min_order
+        start, stop = order_bounds[o], order_bounds[o + 1]
+        if bundles[n] == 0:
+            row += len(layers) * (stop - start)
+            continue
+        for layer in layers:
+            for k in range(start, stop):
+                column_head = columns[ordered[k]] % view.heads
+                copy_row_of(view, bundles[n], layer, column_head, values_at, scales_at, places[row])
+                row += 1
+
+
+@kernel
+def deliver(missed, number, bundles, orders, copies, bounds, values, scales, tokens):
+    """Copy rows out of bundles that nobody writes any more to all tokens that missed them.
+
+    Args:
+        missed: int64 `[M]`, token * orders + order of each miss.
+        number: int64 `[M]`, which of the bundles it wants.
+        bundles: int64, addresses, 0 where there is none.
+        orders: how many the table has.
+        tokens: in the batch.
+        others: as `copy_hits`.
+    """
+    value_stride, scale_stride = values.size // tokens, scales.size // tokens
+    values_at, scales_at = np.int64(values.ctypes.data), np.int64(scales.ctypes.data)
+    for m in range(len(missed)):
+        bundle = bundles[number[m]]
+        if bundle == 0:
+            continue
+        token, o = missed[m] // orders, missed[m] % orders
+        for c in range(bounds[o], bounds[o + 1]):
+            if copies[c, 1]:
+                target = scales_at + token * scale_stride
+            else:
+                target = values_at + token * value_stride
+            copy_bytes(target + copies[c, 2], bundle + copies[c, 0], copies[c, 3])
+
+
+@kernel
+def collect_missed(windows, min_order, order_used, slots, missed, found, found_orders):
+    """List the n-grams that were missed, one for each token that did.
+
+    Args:
+        slots: int64 `[T, orders]` after `copy_hits`.
+        missed: int64 `[M]`, set to token * orders + order.
+        found, found_orders: int32 `[M, max_order]`, all -1, and `[M]`.
+    """
+    orders = len(order_used)
+    m = 0
+    for token in range(len(windows)):
+        for o in range(orders):
+            if order_used[o] and slots[token, o] < 0:
+                missed[m] = token * orders + o
+                for s in range(min_order + o):
+                    found[m, s] = windows[token, s]
+                found_orders[m] = min_order + o
+                m += 1

@@ -1,0 +1,238 @@
+"""What all readers of the RAM tier share: hits copied by the caller, misses fetched as bundles."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from engram._counters import Counters
+from engram._failures import Failures
+from engram._ngrams import number_ngrams
+from engram.ram import _probe
+from engram.ram.copies import Copies
+from engram.ram.epochs import Epochs
+from engram.ram.layout import BundleLayout
+from engram.rows import Bytes, Rows
+from engram.tiers import Int32s, Int64s, Ngrams, Selection, Tier
+
+Deliver = Callable[[int, Int64s], None]
+"""Given the position of the first n-gram of a part, and int64 addresses of the part's bundles,
+which stay as they are until it returns."""
+
+_NO_SCALES = np.empty((0, 0), np.uint8)
+_COPIES_KEPT = 64
+
+
+class BundleTier(Tier):
+    """Reads an arena through a view of it, and has whole bundles fetched for what it lacks.
+
+    Subclasses set `bundle` and the attributes of `Tier`, and say where the view and the bundles
+    come from.
+    """
+
+    bundle: BundleLayout
+
+    def __init__(self) -> None:
+        self._copies: dict[Selection, Copies] = {}
+        self._counters = Counters("lookups", "hits", "misses")
+
+    @abstractmethod
+    def _view(self) -> Int64s:
+        """The view to read through now (`engram.ram.layout.pack_view`); what it points to lives
+        at least as long as the array.
+
+        Raises:
+            StoreError, ServiceError: the tier is closed, or of no use in this process.
+        """
+
+    @abstractmethod
+    def _epochs(self) -> Epochs:
+        """Where this reader says which slots it reads in place."""
+
+    @abstractmethod
+    def _fetch(self, ngrams: Ngrams, selection: Selection, deliver: Deliver) -> Failures:
+        """Get the bundles of `ngrams`, each once, in parts and in any order.
+
+        Args:
+            selection: the rows that are wanted of them; at least these must be delivered.
+
+        Returns:
+            Rows that failed; all others in the bundles are valid.
+
+        Raises: as `Tier.read`.
+        """
+
+    def lookup(self, windows: Int32s, selection: Selection, out: Rows) -> None:
+        view = self._view()
+        copies = self._copies_of(selection)
+        values, scales = out.values, _NO_SCALES if out.scales is None else out.scales
+        slots = np.empty((len(windows), selection.orders), np.int64)
+        misses = _probe.copy_hits(
+            view,
+            windows,
+            copies.order_used,
+            copies.pieces,
+            copies.bounds,
+            values,
+            scales,
+            0,
+            len(windows),
+            slots,
+        )
+        wanted = len(windows) * copies.orders_used
+        self._counters.add(lookups=1, hits=wanted - misses, misses=misses)
+        if misses:
+            self._serve_misses(windows, selection, copies, slots, misses, values, scales)
+
+    def _serve_misses(
+        self,
+        windows: Int32s,
+        selection: Selection,
+        copies: Copies,
+        slots: Int64s,
+        misses: int,
+        values: Bytes,
+        scales: Bytes,
+    ) -> None:
+        asked = Ngrams(
+            np.full((misses, windows.shape[1]), -1, np.int32), np.empty(misses, np.int32)
+        )
+        missed = np.empty(misses, np.int64)
+        _probe.collect_missed(
+            windows,
+            selection.min_order,
+            copies.order_used,
+            slots,
+            missed,
+            asked.windows,
+            asked.orders,
+        )
+        firsts, number = number_ngrams(asked)
+        ngrams = asked.take(firsts)
+
+        def deliver(first: int, addresses: Int64s) -> None:
+            bundles = np.zeros(len(ngrams), np.int64)
+            bundles[first : first + len(addresses)] = addresses
+            _probe.deliver(
+                missed,
+                number,
+                bundles,
+                selection.orders,
+                copies.pieces,
+                copies.bounds,
+                values,
+                scales,
+                len(windows),
+            )
+
+        failures = self._fetch(ngrams, selection, deliver)
+        if failures:
+            self._only_selected(failures, ngrams, selection).raise_any(
+                self.name, served=self.served
+            )
+
+    served = False
+    """Whether messages speak of a table that a sidecar serves."""
+
+    def read(self, ngrams: Ngrams, selection: Selection, out: Rows, places: Int64s) -> None:
+        view = self._view()
+        values, scales = out.values, _NO_SCALES if out.scales is None else out.scales
+        chosen = (
+            selection.layer_array,
+            selection.column_array,
+            selection.ordered,
+            selection.order_bounds,
+        )
+        missed = _probe.copy_ngram_hits(
+            view, ngrams.windows, ngrams.orders, *chosen, places, values, scales
+        )
+        absent = np.flatnonzero(missed)
+        self._counters.add(lookups=1, hits=len(ngrams) - len(absent), misses=len(absent))
+        if not len(absent):
+            return
+        wanted = ngrams.take(absent)
+        wanted_places = places[_rows_of(ngrams, absent, selection)]
+
+        def deliver(first: int, addresses: Int64s) -> None:
+            bundles = np.zeros(len(wanted), np.int64)
+            bundles[first : first + len(addresses)] = addresses
+            _probe.deliver_ngrams(
+                view, wanted.orders, bundles, *chosen, wanted_places, values, scales
+            )
+
+        failures = self._fetch(wanted, selection, deliver)
+        if failures:
+            self._only_selected(failures, wanted, selection).raise_any(
+                self.name, served=self.served
+            )
+
+    def _only_selected(self, failures: Failures, ngrams: Ngrams, selection: Selection) -> Failures:
+        """Failed rows that were asked for: bundles have more than a selection wants."""
+        positions, ids = self.spec.ngram_rows(
+            ngrams.windows,
+            ngrams.orders,
+            selection.layer_array,
+            selection.column_array,
+            selection.ordered,
+            selection.order_bounds,
+        )
+        wanted = Failures()
+        for layer, rows in failures.rows.items():
+            mine = ids[positions == self.spec.layer_ids.index(layer)]
+            failed = sorted(set(rows) & set(mine.tolist()))
+            if failed:
+                wanted.add({layer: failed}, failures.cause)
+        return wanted
+
+    def probe(self, windows: Int32s) -> Int64s:
+        """Slots of all n-grams, for reading them in place: only `while holding()`.
+
+        Args:
+            windows: int32 `[T, max_order]`.
+
+        Returns:
+            int64 `[T, orders]`, -1 for what is not in the arena.
+        """
+        view = self._view()
+        slots = np.empty((len(windows), self.spec.num_orders), np.int64)
+        _probe.probe(view, windows, self._every_order, slots)
+        return slots
+
+    @property
+    def _every_order(self) -> np.ndarray:
+        return np.ones(self.spec.num_orders, np.bool_)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Within it, slots that `probe` finds keep their bytes, though they may be evicted."""
+        epochs = self._epochs()
+        held = epochs.enter()
+        try:
+            yield
+        finally:
+            epochs.leave(held)
+
+    def _copies_of(self, selection: Selection) -> Copies:
+        copies = self._copies.get(selection)
+        if copies is None:
+            if len(self._copies) >= _COPIES_KEPT:
+                self._copies.clear()
+            copies = self._copies[selection] = Copies.of(self.bundle, selection)
+        return copies
+
+    def check_integrity(self) -> None:
+        self._counters.check_integrity()
+
+
+def _rows_of(ngrams: Ngrams, which: Int64s, selection: Selection) -> Int64s:
+    """Canonical row numbers of some of `ngrams`."""
+    widths = len(selection.layers) * np.diff(selection.order_bounds)
+    counts = widths[ngrams.orders - selection.min_order]
+    begins = np.cumsum(counts) - counts
+    mine = counts[which]
+    within = np.arange(int(mine.sum())) - np.repeat(np.cumsum(mine) - mine, mine)
+    rows: Int64s = np.repeat(begins[which], mine) + within
+    return rows

@@ -1,0 +1,271 @@
+"""The writer of the RAM tier: one arena, and a directory for each table that shares it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engram.ram import _fill
+from engram.ram.layout import (
+    ABI,
+    MAGIC,
+    PAGE_BYTES,
+    WORD_ABI,
+    WORD_BOOT,
+    WORD_BUCKETS,
+    WORD_EPOCH,
+    WORD_FINGERPRINT,
+    WORD_HEAD_BYTES,
+    WORD_MAGIC,
+    WORD_SEED,
+    WORD_SLOT_BYTES,
+    WORD_SLOTS,
+    WORD_SLOTS_PER_SLAB,
+    WORD_TABLE,
+    ArenaLayout,
+    BundleLayout,
+    pack_view,
+)
+from engram.ram.memory import SEALS_OF_WRITER, Memory
+from engram.tiers import Int32s, Int64s, Ngrams
+
+
+@dataclass(frozen=True)
+class CachedTable:
+    """What the arena must know of a table."""
+
+    fingerprint: str
+    min_order: int
+    bundle: BundleLayout
+
+
+class Cache:
+    """Bundles of one size in memory, for any number of readers. Methods may be called from
+    several threads at once.
+
+    A forked child gets an empty cache of its own if the memory is private, and must not use it
+    if it is shared.
+
+    Args:
+        tables: those whose bundles it holds, numbered in this order.
+        layout: sizes.
+        shared: in sealed memfds, to be handed to other processes; else private.
+        boot_id: 16 bytes that differ in every life of a sidecar.
+
+    Raises:
+        ConfigError: there is not so much memory.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[CachedTable],
+        layout: ArenaLayout,
+        *,
+        shared: bool,
+        boot_id: bytes | None = None,
+    ) -> None:
+        self.layout = layout
+        self.boot_id = boot_id or secrets.token_bytes(16)
+        self.seed = secrets.randbits(63)
+        self.bundles = tuple(table.bundle for table in tables)
+        self._tables = tuple(tables)
+        self._shared = shared
+        self.slabs = tuple(
+            self._memory(f"engram-slab-{number}", layout.slab_bytes(number))
+            for number in range(layout.slabs)
+        )
+        self.directories = tuple(
+            self._memory(f"engram-directory-{number}", layout.directory_bytes)
+            for number in range(len(tables))
+        )
+        self._slab_addresses = np.array([slab.address for slab in self.slabs], np.int64)
+        self._directory_addresses = np.array([each.address for each in self.directories], np.int64)
+        self.reader = Memory.private(layout.reader_bytes)
+        self.views = tuple(self._view(number) for number in range(len(tables)))
+        self._renew()
+        _ALL.add(self)
+
+    def _memory(self, name: str, size: int) -> Memory:
+        return Memory.shared(name, size, SEALS_OF_WRITER) if self._shared else Memory.private(size)
+
+    def _view(self, number: int) -> Int64s:
+        table = self._tables[number]
+        return pack_view(
+            self.layout,
+            table.bundle,
+            table.min_order,
+            directory=self.directories[number].address,
+            seed=self.seed,
+            table=number,
+            slabs=self._slab_addresses.ctypes.data,
+            reader=self.reader.address,
+        )
+
+    def _renew(self) -> None:
+        """Empty."""
+        self.lock = threading.Lock()
+        self._readers = [self.reader]
+        slots = self.layout.slots
+        self._state = np.zeros(slots, np.uint8)
+        self._hits = np.zeros(slots, np.uint8)
+        self._small, self._main, self._limbo = (np.zeros(slots + 1, np.int32) for _ in range(3))
+        self._limbo_epochs = np.zeros(slots + 1, np.uint64)
+        ghosts = _fill.GHOST_WAYS * (1 + slots // _fill.GHOST_WAYS)
+        self._ghosts = np.zeros((ghosts, 2), np.uint32)
+        self._free = np.arange(slots, dtype=np.int32)[::-1].copy()
+        self._numbers = np.zeros(_fill.NUMBERS, np.int64)
+        self._numbers[_fill.FREE_COUNT] = slots
+        self._numbers[_fill.LIMBO_MAX] = max(4, slots // 32)
+        self._numbers[_fill.EPOCH] = 1
+        self._reader_addresses = self._addresses()
+        for number, directory in enumerate(self.directories):
+            directory.bytes()[PAGE_BYTES:] = 0
+            self._write_header(number, directory.words(WORD_EPOCH + 1))
+
+    def _write_header(self, number: int, words: np.ndarray) -> None:
+        layout = self.layout
+        words[WORD_MAGIC], words[WORD_ABI] = MAGIC, ABI
+        words[WORD_BOOT : WORD_BOOT + 2] = np.frombuffer(self.boot_id, np.uint64)
+        fingerprint = bytes.fromhex(self._tables[number].fingerprint)
+        words[WORD_FINGERPRINT : WORD_FINGERPRINT + 2] = np.frombuffer(fingerprint, np.uint64)
+        words[WORD_TABLE], words[WORD_SEED] = number, self.seed
+        words[WORD_BUCKETS] = layout.buckets
+        words[WORD_SLOT_BYTES], words[WORD_HEAD_BYTES] = layout.slot_bytes, layout.head_bytes
+        words[WORD_SLOTS_PER_SLAB], words[WORD_SLOTS] = layout.slots_per_slab, layout.slots
+        words[WORD_EPOCH] = 1
+
+    def _addresses(self) -> Int64s:
+        return np.array([reader.address for reader in self._readers], np.int64)
+
+    def add_reader(self, memory: Memory) -> None:
+        """Collect hits from a reader's memory and honour its epoch, from now on.
+
+        Args:
+            memory: `layout.reader_bytes` long, mapped writable.
+        """
+        assert memory.size == self.layout.reader_bytes
+        with self.lock:
+            self._readers.append(memory)
+            self._reader_addresses = self._addresses()
+
+    def remove_reader(self, memory: Memory) -> None:
+        """Forget a reader: what it held may be reused. Safe if it is not known."""
+        with self.lock:
+            self._readers = [each for each in self._readers if each is not memory]
+            self._reader_addresses = self._addresses()
+
+    def fill(
+        self, number: int, ngrams: Ngrams, bundles: Int64s, *, prefetched: bool = False
+    ) -> None:
+        """Keep bundles, as far as admission allows.
+
+        Args:
+            number: of the table.
+            ngrams: each once.
+            bundles: int64 `[N]`, addresses of whole bundles, 0 to leave one out.
+            prefetched: whether nobody has asked for them yet.
+        """
+        with self.lock:
+            _fill.fill(
+                self.views[number],
+                ngrams.windows,
+                ngrams.orders,
+                bundles,
+                prefetched,
+                self._directory_addresses,
+                self._reader_addresses,
+                self._state,
+                self._hits,
+                self._small,
+                self._main,
+                self._limbo,
+                self._limbo_epochs,
+                self._ghosts,
+                self._free,
+                self._numbers,
+            )
+
+    def stage_present(
+        self, number: int, ngrams: Ngrams, target: int, request_id: int
+    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Write staged entries of the n-grams that are here; uint8 `[N]`, 1 for the others."""
+        stride = self.bundles[number].staged_bytes
+        with self.lock:
+            missed: np.ndarray[Any, np.dtype[np.uint8]] = _fill.stage_present(
+                self.views[number], ngrams.windows, ngrams.orders, request_id, target, stride
+            )
+        return missed
+
+    def present(self, number: int, ngrams: Ngrams) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """bool `[N]`: which n-grams are here."""
+        found = np.empty(len(ngrams), np.bool_)
+        with self.lock:
+            _fill.find_present(self.views[number], ngrams.windows, ngrams.orders, found)
+        return found
+
+    def stats(self) -> dict[str, int]:
+        """Slots by place, and counts since the start."""
+        with self.lock:
+            _fill.settle_prefetches(self._reader_addresses, self._state, self._numbers)
+            numbers = self._numbers.tolist()
+        layout = self.layout
+        return {
+            "capacity_bytes": layout.total_bytes(len(self._tables)) if layout.slots else 0,
+            "slots": layout.slots,
+            "slots_used": numbers[_fill.SMALL_COUNT] + numbers[_fill.MAIN_COUNT],
+            "slots_in_limbo": numbers[_fill.LIMBO_COUNT],
+            "admitted": numbers[_fill.ADMITTED],
+            "not_admitted": numbers[_fill.REFUSED],
+            "evicted": numbers[_fill.EVICTED],
+            "prefetched_useful": numbers[_fill.USEFUL],
+            "prefetched_wasted": numbers[_fill.WASTED],
+        }
+
+    def check_integrity(self) -> None:
+        """Assert that every slot is in one place, and that entries and used slots match."""
+        with self.lock:
+            self._check_integrity()
+
+    def _check_integrity(self) -> None:
+        numbers, slots = self._numbers, self.layout.slots
+        queues = [
+            _held(self._small, numbers[_fill.SMALL_HEAD], numbers[_fill.SMALL_COUNT]),
+            _held(self._main, numbers[_fill.MAIN_HEAD], numbers[_fill.MAIN_COUNT]),
+            _held(self._limbo, numbers[_fill.LIMBO_HEAD], numbers[_fill.LIMBO_COUNT]),
+            self._free[: numbers[_fill.FREE_COUNT]],
+        ]
+        places = (_fill.SMALL, _fill.MAIN, _fill.LIMBO, _fill.FREE)
+        for queue, place in zip(queues, places, strict=True):
+            assert ((self._state[queue] & 0x0F) == place).all()
+        everything = np.concatenate(queues)
+        assert len(everything) == slots == len(np.unique(everything))
+        linked = []
+        for directory in self.directories:
+            entries = directory.bytes()[PAGE_BYTES:].view(np.uint64)
+            linked.append((entries[entries != 0] & 0xFFFFFFFF).astype(np.int64))
+        used = np.sort(np.concatenate(queues[:2]))
+        assert np.array_equal(np.sort(np.concatenate(linked)), used)
+
+
+def _held(ring: Int32s, head: int, count: int) -> Int32s:
+    return ring[(int(head) + np.arange(int(count))) % len(ring)]
+
+
+_ALL: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+
+def _renew_after_fork() -> None:
+    # The parent may have been writing; what it left behind is nobody's to finish.
+    for cache in _ALL:
+        if not cache._shared:
+            cache._renew()
+
+
+os.register_at_fork(after_in_child=_renew_after_fork)

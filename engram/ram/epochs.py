@@ -1,0 +1,61 @@
+"""The reader's side of the epoch rule: slots found while holding an epoch keep their bytes."""
+
+from __future__ import annotations
+
+import threading
+
+from engram._jit import fence_full, kernel, load_acquire, store_relaxed, store_release
+from engram.ram.layout import WORD_EPOCH
+from engram.ram.memory import Memory
+
+
+@kernel
+def _publish(reader, directory):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    epoch = load_acquire(directory + WORD_EPOCH * 8)
+    store_relaxed(reader + WORD_EPOCH * 8, epoch)
+    # Against the writer's fence between unlinking slots and looking at this word.
+    fence_full()
+    return epoch
+
+
+@kernel
+def _now(directory):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    # The older epoch that is published protects this one too; the fence is for the probe.
+    fence_full()
+    return load_acquire(directory + WORD_EPOCH * 8)
+
+
+@kernel
+def _set(reader, epoch):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    store_release(reader + WORD_EPOCH * 8, epoch)
+
+
+class Epochs:
+    """Epochs that the threads of one reader hold; the oldest is what the writer sees.
+
+    Args:
+        reader: this reader's memory.
+        directory: of its table.
+    """
+
+    def __init__(self, reader: Memory, directory: Memory) -> None:
+        self._reader = reader
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._held: list[int] = []
+
+    def enter(self) -> int:
+        """Hold the epoch that is now; probe only afterwards. Returns it, for `leave`."""
+        with self._lock:
+            if self._held:
+                epoch = int(_now(self._directory.address))
+            else:
+                epoch = int(_publish(self._reader.address, self._directory.address))
+            self._held.append(epoch)
+        return epoch
+
+    def leave(self, epoch: int) -> None:
+        """Let go of one, after the last read of what was found."""
+        with self._lock:
+            self._held.remove(epoch)
+            _set(self._reader.address, min(self._held, default=0))

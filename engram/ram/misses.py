@@ -1,0 +1,348 @@
+"""The miss path: n-grams that the RAM tier lacks, read from the tier below, each once.
+
+Whoever misses may have to read for all. A caller queues its request and takes its turn; the one
+whose turn it is takes everything that waits, finds what others ask for too and what arrived in
+the arena meanwhile, reads the rest in one go, so that the device has many reads to work on, and
+answers everybody. So no two callers ever read the same n-gram, a single caller pays for no
+thread, and nobody's answer depends on what the arena admits.
+
+Prefetches wait in a queue of their own and are read in small parts, only while no lookup waits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engram._background import Background
+from engram._counters import Counters
+from engram._failures import Failures
+from engram._ngrams import number_ngrams
+from engram.errors import EngramError, OverloadError, RowIntegrityError
+from engram.ram import _fill
+from engram.ram.cache import Cache
+from engram.ram.layout import STAGED_HEAD_BYTES
+from engram.ram.memory import Memory
+from engram.rows import Rows
+from engram.tiers import Int64s, Ngrams, Prefetch, Selection, Tier
+
+TURN_NGRAMS = 512
+"""N-grams read in one turn, and most that one request may name."""
+WAITING_NGRAMS_MAX = 1 << 16
+"""N-grams of all requests that wait; more is overload."""
+PREFETCH_NGRAMS = 128
+"""N-grams prefetched in one turn: a lookup waits for one such part at most."""
+PENDING_NGRAMS_MAX = 1 << 18
+"""N-grams that may wait to be prefetched."""
+
+_NO_SCALES = np.empty((0, 0), np.uint8)
+
+
+@dataclass(eq=False)
+class _Request:
+    """N-grams that somebody waits for, and where their staged entries go."""
+
+    ngrams: Ngrams
+    target: int
+    request_id: int
+    failures: Failures = field(default_factory=Failures)
+    error: EngramError | None = None
+    served: bool = False
+
+
+class MissPath:
+    """Reads for one table in a `Cache`. Methods may be called from several threads at once.
+
+    Args:
+        backing: the tier below.
+        cache: where bundles are kept.
+        number: of the table in the cache.
+    """
+
+    def __init__(self, backing: Tier, cache: Cache, number: int) -> None:
+        self._backing = backing
+        self._cache = cache
+        self._number = number
+        self._bundle = cache.bundles[number]
+        self._everything = Selection.of(backing.spec)
+        self._rows_each = self._bundle.layers * self._bundle.heads
+        self.counters = Counters(
+            "ngrams_read",
+            "ngrams_shared",
+            "requests_refused",
+            "prefetched_present",
+            "prefetched_late",
+            "prefetched_read",
+            "prefetched_failed",
+            "prefetches_cancelled",
+            "prefetches_dropped",
+        )
+        # A backlog means that reads cannot keep up: more hints would only arrive late.
+        self._background = Background("engram-prefetch", PENDING_NGRAMS_MAX)
+        self._closed = False
+        self._renew()
+        _ALL.add(self)
+
+    def _renew(self) -> None:
+        self._turn = threading.Lock()
+        self._state = threading.Condition(threading.Lock())
+        self._waiting: list[_Request] = []
+        self._scratch: Memory | None = None
+        self._rows: Rows | None = None
+
+    def read(
+        self, ngrams: Ngrams, target: int, *, request_id: int = 0, timeout_s: float = 30.0
+    ) -> Failures:
+        """Write the staged entry of each n-gram (see `engram.ram.layout`).
+
+        Args:
+            ngrams: at most `TURN_NGRAMS`, each once.
+            target: address of the first entry; the others follow.
+            request_id: for the entries.
+            timeout_s: longest wait for the reading to begin.
+
+        Returns:
+            The rows that failed; every other row of every bundle is valid.
+
+        Raises:
+            OverloadError: too much waits already, or the wait was too long.
+            StoreError: the tier below cannot be read.
+        """
+        request = _Request(ngrams, target, request_id)
+        deadline = time.monotonic() + timeout_s
+        self._enqueue(request)
+        while not request.served:
+            if not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                self._give_up(request)
+                # It is being read: its memory must not be left before that has ended.
+                deadline = time.monotonic() + timeout_s
+                continue
+            try:
+                if not request.served:
+                    self._serve(self._take())
+            finally:
+                self._turn.release()
+        if request.error is not None:
+            raise request.error
+        return request.failures
+
+    def _enqueue(self, request: _Request) -> None:
+        with self._state:
+            waiting = sum(len(each.ngrams) for each in self._waiting)
+            if waiting and waiting + len(request.ngrams) > WAITING_NGRAMS_MAX:
+                self.counters.add(requests_refused=1)
+                raise OverloadError(
+                    f"{waiting:,} n-grams wait to be read from the table already; "
+                    "send fewer at once, or try again later"
+                )
+            self._waiting.append(request)
+
+    def _give_up(self, request: _Request) -> None:
+        with self._state:
+            if request not in self._waiting:
+                return
+            self._waiting.remove(request)
+            self._state.notify_all()
+        self.counters.add(requests_refused=1)
+        raise OverloadError(
+            "the time limit passed before the rows could be read; the device cannot keep up"
+        )
+
+    def _take(self) -> list[_Request]:
+        """The next requests, as many as one turn reads."""
+        with self._state:
+            count, total = 0, 0
+            for request in self._waiting:
+                total += len(request.ngrams)
+                if count and total > TURN_NGRAMS:
+                    break
+                count += 1
+            taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        return taken
+
+    def _serve(self, requests: Sequence[_Request]) -> None:
+        try:
+            if len(requests) == 1:
+                (only,) = requests
+                only.failures = self._stage(only.ngrams, only.target, only.request_id)
+            else:
+                self._serve_together(requests)
+        except EngramError as error:
+            for request in requests:
+                request.error = type(error)(*error.args)
+        except BaseException:
+            for request in requests:
+                request.error = OverloadError("the reading was interrupted; try again")
+            raise
+        finally:
+            for request in requests:
+                request.served = True
+            with self._state:
+                self._state.notify_all()
+
+    def _serve_together(self, requests: Sequence[_Request]) -> None:
+        """Read what several ask for once, then copy it to each."""
+        asked = Ngrams(
+            np.concatenate([request.ngrams.windows for request in requests]),
+            np.concatenate([request.ngrams.orders for request in requests]),
+        )
+        firsts, number = number_ngrams(asked)
+        ngrams = asked.take(firsts)
+        self.counters.add(ngrams_shared=len(asked) - len(ngrams))
+        stride = self._bundle.staged_bytes
+        base = self._scratch_memory().address
+        failures = self._stage(ngrams, base, 0)
+        addresses = base + number * stride
+        at = 0
+        for request in requests:
+            mine = addresses[at : at + len(request.ngrams)]
+            _fill.copy_staged(mine, request.target, stride, request.request_id)
+            at += len(mine)
+            if failures:
+                request.failures = self._failures_among(request.ngrams, failures)
+
+    def _scratch_memory(self) -> Memory:
+        if self._scratch is None:
+            self._scratch = Memory.private(TURN_NGRAMS * self._bundle.staged_bytes)
+        return self._scratch
+
+    def _stage(
+        self, ngrams: Ngrams, target: int, request_id: int, *, prefetched: bool = False
+    ) -> Failures:
+        """Write entries from the arena or the tier below, and keep those that were read."""
+        missed = self._cache.stage_present(self._number, ngrams, target, request_id)
+        absent = np.flatnonzero(missed)
+        if not len(absent):
+            return Failures()
+        wanted = ngrams.take(absent)
+        rows, failures = self._read_bundles(wanted)
+        stride = self._bundle.staged_bytes
+        _fill.stage(
+            self._cache.views[self._number],
+            ngrams.windows,
+            ngrams.orders,
+            request_id,
+            rows.values,
+            _NO_SCALES if rows.scales is None else rows.scales,
+            target,
+            stride,
+            missed,
+        )
+        bundles = target + absent * stride + STAGED_HEAD_BYTES + self._bundle.head_bytes
+        if failures:
+            bundles[self._touched_by(wanted, failures)] = 0
+        self._cache.fill(self._number, wanted, bundles, prefetched=prefetched)
+        self.counters.add(ngrams_read=len(absent))
+        return failures
+
+    def _read_bundles(self, ngrams: Ngrams) -> tuple[Rows, Failures]:
+        """All rows of `ngrams` in canonical order, and those that failed."""
+        if self._rows is None:
+            self._rows = Rows.empty((TURN_NGRAMS * self._rows_each,), self._backing.row_format)
+        count = len(ngrams) * self._rows_each
+        failures = Failures()
+        try:
+            places = np.arange(count, dtype=np.int64)
+            self._backing.read(ngrams, self._everything, self._rows, places)
+        except RowIntegrityError as error:
+            failures.add(error.failures, error.cause)
+        return self._rows, failures
+
+    def _row_ids(self, ngrams: Ngrams) -> tuple[Int64s, Int64s]:
+        """Model layer and row id of every row, int64 `[N, rows]`."""
+        positions, ids = self._backing.spec.ngram_rows(
+            ngrams.windows,
+            ngrams.orders,
+            self._everything.layer_array,
+            self._everything.column_array,
+            self._everything.ordered,
+            self._everything.order_bounds,
+        )
+        layers = np.array(self._backing.spec.layer_ids, np.int64)[positions]
+        return layers.reshape(len(ngrams), -1), ids.reshape(len(ngrams), -1)
+
+    def _touched_by(self, ngrams: Ngrams, failures: Failures) -> np.ndarray:
+        """bool `[N]`: which n-grams have a row that failed."""
+        failed = _failed(*self._row_ids(ngrams), failures)
+        touched: np.ndarray = np.asarray(failed.any(axis=1))
+        return touched
+
+    def _failures_among(self, ngrams: Ngrams, failures: Failures) -> Failures:
+        """Those failures that are rows of `ngrams`."""
+        layers, ids = self._row_ids(ngrams)
+        failed = _failed(layers, ids, failures)
+        mine = Failures()
+        for layer in np.unique(layers[failed]).tolist():
+            mine.add({layer: ids[failed & (layers == layer)].tolist()}, failures.cause)
+        return mine
+
+    def prefetch(self, ngrams: Ngrams) -> Prefetch:
+        """Bring n-grams into the arena when no lookup waits; returns at once."""
+        present = self._cache.present(self._number, ngrams)
+        absent = np.flatnonzero(~present)
+        handle = Prefetch()
+        self.counters.add(prefetched_present=len(ngrams) - len(absent))
+        if len(absent) and not self._background.submit(
+            len(absent), self._prefetch, ngrams.take(absent), handle
+        ):
+            self.counters.add(prefetches_dropped=1)
+        return handle
+
+    def _prefetch(self, ngrams: Ngrams, handle: Prefetch) -> None:
+        for at in range(0, len(ngrams), PREFETCH_NGRAMS):
+            with self._state:
+                self._state.wait_for(lambda: not self._waiting)
+            if handle.cancelled or self._closed:
+                self.counters.add(prefetches_cancelled=1)
+                return
+            with self._turn:
+                self._prefetch_part(ngrams.take(slice(at, at + PREFETCH_NGRAMS)))
+
+    def _prefetch_part(self, ngrams: Ngrams) -> None:
+        present = self._cache.present(self._number, ngrams)
+        late = int(present.sum())
+        absent = np.flatnonzero(~present)
+        self.counters.add(prefetched_late=late, prefetched_read=len(absent))
+        wanted = ngrams.take(absent)
+        try:
+            self._stage(wanted, self._scratch_memory().address, 0, prefetched=True)
+        except EngramError:
+            # Nobody waits for these rows; the lookup that does will name them.
+            self.counters.add(prefetched_failed=len(absent))
+
+    def check_integrity(self) -> None:
+        """Assert the invariants; tests call it when nothing is under way."""
+        self.counters.check_integrity()
+        self._background.check_integrity()
+        assert not self._waiting
+
+    def close(self) -> None:
+        """End the prefetching thread; safe to call twice."""
+        self._closed = True
+        self._background.close()
+
+
+def _failed(layers: Int64s, ids: Int64s, failures: Failures) -> np.ndarray:
+    """bool, shaped like `ids`: which of these rows failed."""
+    failed = np.zeros(ids.shape, np.bool_)
+    for layer, rows in failures.rows.items():
+        failed |= (layers == layer) & np.isin(ids, np.array(rows, np.int64))
+    return failed
+
+
+_ALL: weakref.WeakSet[MissPath] = weakref.WeakSet()
+
+
+def _renew_after_fork() -> None:
+    # Threads that do not exist in the child may have held a lock or waited.
+    for misses in _ALL:
+        misses._renew()
+
+
+os.register_at_fork(after_in_child=_renew_after_fork)
