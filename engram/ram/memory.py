@@ -13,7 +13,6 @@ import fcntl
 import mmap
 import os
 import weakref
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,19 @@ SEALS_OF_READER = _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW
 """Seals of memory that whoever holds it can write, but not resize."""
 _MADV_POPULATE_READ = 22
 _libc: Any = ctypes.CDLL(None, use_errno=True)
+_mmap, _munmap = _libc.mmap, _libc.munmap
+_mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_mmap.restype = ctypes.c_void_p
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_ADDRESSES = 2**47
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Memory:
@@ -39,13 +51,12 @@ class Memory:
         descriptor: of the memfd, or -1; closed with the object.
     """
 
-    def __init__(self, view: mmap.mmap, descriptor: int = -1) -> None:
-        self._view = view
-        self.size = len(view)
+    def __init__(self, mapped: np.ndarray, descriptor: int = -1) -> None:
+        self._mapped = mapped
+        self.size = mapped.size
         self.descriptor = descriptor
-        self.address = int(np.frombuffer(view, np.uint8).ctypes.data)
+        self.address = int(mapped.ctypes.data)
         # At exit other threads may still read; the system frees all then.
-        weakref.finalize(self, _unmap, view).atexit = False
         self._descriptor_closed = weakref.finalize(self, os.close, descriptor)
         self._descriptor_closed.atexit = False
         if descriptor < 0:
@@ -55,10 +66,9 @@ class Memory:
     def private(cls, size: int) -> Memory:
         """Zeros of this process alone; a forked child has a copy."""
         try:
-            view = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, OverflowError) as error:
+            return cls(_map(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        except OSError as error:
             raise _no_room(size, error) from None
-        return cls(view)
 
     @classmethod
     def shared(cls, name: str, size: int, seals: int, *, reserve: bool = True) -> Memory:
@@ -71,17 +81,19 @@ class Memory:
         Raises:
             ConfigError: there is not so much memory.
         """
-        descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = -1
         try:
+            descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, size)
             if reserve:
                 os.posix_fallocate(descriptor, 0, size)
-            view = mmap.mmap(descriptor, size, mmap.MAP_SHARED)
+            mapped = _map(descriptor, size, mmap.MAP_SHARED)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
         except OSError as error:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
             raise _no_room(size, error) from None
-        return cls(view, descriptor)
+        return cls(mapped, descriptor)
 
     @classmethod
     def received(cls, descriptor: int, size: int, seals: int, *, writable: bool = False) -> Memory:
@@ -92,29 +104,31 @@ class Memory:
         """
         try:
             found = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-            if found & seals != seals or os.fstat(descriptor).st_size != size:
+            status, pages = os.fstat(descriptor), os.fstatvfs(descriptor)
+            if found & seals != seals or status.st_size != size:
                 raise ServiceError(
-                    f"shared memory came with seals {found:#x} and "
-                    f"{os.fstat(descriptor).st_size} bytes, not {seals:#x} and {size}; "
-                    "use versions of engram that match"
+                    f"shared memory came with seals {found:#x} and {status.st_size} bytes, not "
+                    f"{seals:#x} and {size}; use versions of engram that match"
                 )
-            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-            view = mmap.mmap(descriptor, size, mmap.MAP_SHARED, protection)
+            # Huge pages can run out, which kills whoever touches one that is not there.
+            if pages.f_bsize != mmap.PAGESIZE:
+                raise ServiceError("shared memory came in huge pages; use normal ones")
+            mapped = _map(descriptor, size, mmap.MAP_SHARED, writable=writable)
         except OSError as error:
             os.close(descriptor)
             raise ServiceError(f"shared memory cannot be mapped: {error.strerror}") from None
         except BaseException:
             os.close(descriptor)
             raise
-        return cls(view, descriptor)
+        return cls(mapped, descriptor)
 
     def words(self, count: int) -> np.ndarray:
         """uint64 `[count]`, the first words."""
-        return np.frombuffer(self._view, np.uint64, count)
+        return self._mapped[: 8 * count].view(np.uint64)
 
     def bytes(self) -> np.ndarray:
         """uint8 `[size]`."""
-        return np.frombuffer(self._view, np.uint8)
+        return self._mapped
 
     def populate(self) -> None:
         """Map every page now, for reading; what cannot be is mapped when it is used."""
@@ -128,15 +142,27 @@ class Memory:
         self.descriptor = -1
 
 
-def _unmap(view: mmap.mmap) -> None:
-    # An array over it that still lives unmaps it when it goes.
-    with suppress(BufferError):
-        view.close()
+def _map(descriptor: int, size: int, flags: int, *, writable: bool = True) -> np.ndarray:
+    """uint8 `[size]`, unmapped with the last array over it.
+
+    Not by `mmap.mmap`, which keeps a copy of the descriptor open as long as the map.
+    """
+    if not 0 < size < _ADDRESSES:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    address = _mmap(None, size, protection, flags, descriptor, 0)
+    if address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    owner = (ctypes.c_uint8 * size).from_address(address)
+    # At exit other threads may still read; the system frees all then.
+    weakref.finalize(owner, _munmap, address, size).atexit = False
+    mapped: np.ndarray = np.frombuffer(memoryview(owner), np.uint8)
+    mapped.flags.writeable = writable
+    return mapped
 
 
-def _no_room(size: int, error: Exception) -> ConfigError:
-    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-    hint = "give the RAM tier less"
-    if isinstance(error, OSError) and error.errno == errno.EMFILE:
-        hint = "raise the limit of open files"
-    return ConfigError(f"{format_size(size)} of memory cannot be had ({reason}); {hint}")
+def _no_room(size: int, error: OSError) -> ConfigError:
+    files = error.errno in (errno.EMFILE, errno.ENFILE)
+    hint = "raise the limit of open files" if files else "give the RAM tier less"
+    return ConfigError(f"{format_size(size)} of memory cannot be had ({error.strerror}); {hint}")

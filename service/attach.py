@@ -1,0 +1,250 @@
+"""The attach socket: hands shared memory to clients, and holds their leases.
+
+A lease is an open connection. One thread waits for new connections and for the end of leases. A
+new connection gets a thread of its own until its lease holds, a few seconds at most, so that one
+client's silence delays nobody. Leases, and connections on their way to one, are bounded together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from engram.errors import ConfigError, EngramError, OverloadError, RequestError, UnavailableError
+from engram.ram.frames import Deadline, attach_path
+from engram.ram.tier import RamTier
+from engram.service._handshake import (
+    HANDSHAKE_S,
+    Handshake,
+    OpenFiles,
+    ServedLease,
+    confirm,
+    peer_of,
+    refuse,
+)
+from engram.service.sockets import socket_mode
+
+LEASES_MAX = 64
+_BACKLOG = 1024
+_EXHAUSTED_S = 0.1
+COUNTS = ("attached", "refused", "ended_closed", "ended_protocol", "ended_stopped")
+
+_log = logging.getLogger("engram.service")
+
+
+class AttachServer:
+    """Serves the attach socket that belongs to the gRPC socket at `path`, which must be claimed.
+
+    Args:
+        tiers: by the name under which each is served; their caches share memory.
+        files: opens the files of tables that clients may read directly, by name.
+        uids: users that may attach, besides this process's own and root.
+        leases_max: clients attached at once.
+
+    Raises:
+        ConfigError: the socket cannot be had.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tiers: Mapping[str, RamTier],
+        files: Mapping[str, OpenFiles],
+        *,
+        uids: Collection[int] = (),
+        leases_max: int = LEASES_MAX,
+    ) -> None:
+        self.path = attach_path(path)
+        self._uids = {os.geteuid(), 0, *uids}
+        self._leases_max = leases_max
+        self._handshake = Handshake(tiers, files)
+        self._lock = threading.Lock()
+        self._places = leases_max
+        self._tokens: dict[bytes, ServedLease] = {}
+        self._held: dict[int, tuple[socket.socket, ServedLease]] = {}
+        self._handshakes: dict[threading.Thread, socket.socket] = {}
+        self._counts: Counter[str] = Counter()
+        self._draining = self._stopped = self._exhausted = False
+        self._listener = _listen(self.path)
+        self._poll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        for descriptor in (self._listener.fileno(), self._wake):
+            self._poll.register(descriptor, select.EPOLLIN)
+        self._thread = threading.Thread(target=self._serve, name="engram-attach", daemon=True)
+
+    def start(self) -> None:
+        """Accept clients."""
+        self._thread.start()
+
+    def lease(self, token: bytes) -> ServedLease | None:
+        """The lease whose token this is; None if there is none any more."""
+        return self._tokens.get(token)
+
+    def stats(self) -> dict[str, int]:
+        """`leases` now; since the start `attached`, `refused`, and leases that ended, by reason:
+        `ended_closed` by the client or its death, `ended_protocol` because it said something,
+        `ended_stopped` with the server."""
+        with self._lock:
+            return {"leases": len(self._held), **{name: self._counts[name] for name in COUNTS}}
+
+    def drain(self) -> None:
+        """Refuse new clients; those attached stay."""
+        self._draining = True
+
+    def stop(self) -> None:
+        """End all leases and free the socket. Safe to call twice."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._draining = self._stopped = True
+        os.eventfd_write(self._wake, 1)
+        if self._thread.ident is not None:
+            self._thread.join()
+        with self._lock:
+            handshakes = dict(self._handshakes)
+        for thread, connection in handshakes.items():
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            thread.join()
+        for descriptor in list(self._held):
+            self._end(descriptor, "ended_stopped")
+        self._poll.close()
+        os.close(self._wake)
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
+
+    def _serve(self) -> None:
+        while not self._stopped:
+            for descriptor, _ in self._poll.poll():
+                if descriptor == self._listener.fileno():
+                    self._accept()
+                elif descriptor != self._wake:
+                    self._end(descriptor, self._why_ended(descriptor))
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # No descriptor is free. Whoever waits in the queue is served once one is.
+            if not self._exhausted:
+                _log.error("clients cannot attach now: %s", error.strerror)
+            self._exhausted = True
+            time.sleep(_EXHAUSTED_S)
+            return
+        self._exhausted = False
+        refusal = self._refusal(connection)
+        if refusal is not None:
+            refuse(connection, refusal)
+            self._leave(connection, refused=True)
+            return
+        thread = threading.Thread(
+            target=self._attach, args=(connection,), name="engram-handshake", daemon=True
+        )
+        with self._lock:
+            self._handshakes[thread] = connection
+        try:
+            thread.start()
+        except RuntimeError:
+            refuse(connection, OverloadError("the sidecar has no thread left; try again later"))
+            self._leave(connection, refused=True)
+            del self._handshakes[thread]
+
+    def _refusal(self, connection: socket.socket) -> EngramError | None:
+        """Why `connection` is turned away at once; a place is taken for it otherwise, too."""
+        with self._lock:
+            self._places -= 1
+        _, uid = peer_of(connection)
+        if uid not in self._uids:
+            return RequestError(
+                f"user {uid} may not attach, only {', '.join(map(str, sorted(self._uids)))}; run "
+                "the client as one of these, or let the sidecar allow this one"
+            )
+        if self._draining:
+            return UnavailableError("the sidecar is shutting down; attach again later")
+        if self._places < 0:
+            return OverloadError(
+                f"{self._leases_max} clients are attached already; "
+                "stop one or raise the sidecar's limits.leases"
+            )
+        return None
+
+    def _attach(self, connection: socket.socket) -> None:
+        """A new connection's own thread: leaves it as a lease, or closes it."""
+        deadline = Deadline(HANDSHAKE_S)
+        try:
+            lease = self._handshake.agree(connection, deadline)
+            self._hold(connection, lease)
+        except Exception as error:
+            refuse(connection, error)
+            self._leave(connection, refused=True)
+        else:
+            self._confirm(connection, deadline)
+        finally:
+            with self._lock:
+                del self._handshakes[threading.current_thread()]
+
+    def _hold(self, connection: socket.socket, lease: ServedLease) -> None:
+        lease.tier.cache.add_reader(lease.reader)
+        with self._lock:
+            self._tokens[lease.token] = lease
+            self._held[connection.fileno()] = (connection, lease)
+            self._counts["attached"] += 1
+
+    def _confirm(self, connection: socket.socket, deadline: Deadline) -> None:
+        descriptor = connection.fileno()
+        try:
+            confirm(connection, deadline)
+        except UnavailableError:
+            return self._end(descriptor, "ended_closed")
+        # Whatever happens on it from now on is its end.
+        self._poll.register(descriptor, select.EPOLLIN | select.EPOLLRDHUP)
+
+    def _why_ended(self, descriptor: int) -> str:
+        connection, _ = self._held[descriptor]
+        try:
+            said = connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            said = b""
+        return "ended_protocol" if said else "ended_closed"
+
+    def _end(self, descriptor: int, reason: str) -> None:
+        with self._lock:
+            connection, lease = self._held.pop(descriptor)
+            del self._tokens[lease.token]
+            self._counts[reason] += 1
+        lease.closed = True
+        lease.tier.cache.remove_reader(lease.reader)
+        self._leave(connection)
+
+    def _leave(self, connection: socket.socket, *, refused: bool = False) -> None:
+        connection.close()
+        with self._lock:
+            self._places += 1
+            self._counts["refused"] += refused
+
+
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Only a dead server can have left it there: the path is claimed.
+        path.unlink(missing_ok=True)
+        with socket_mode():
+            listener.bind(str(path))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {path}: {error.strerror or error}; listen elsewhere"
+        ) from None
+    listener.setblocking(False)
+    return listener
