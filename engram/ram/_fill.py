@@ -16,6 +16,8 @@ reader can still be reading them in place.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from engram._jit import (
@@ -56,13 +58,15 @@ from engram.ram.layout import (
 )
 from engram.store.checks import mix64
 
-FREE, SMALL, MAIN, LIMBO = range(4)
-"""Where a slot is."""
+UNUSABLE, FREE, SMALL, MAIN, LIMBO = range(5)
+"""Where a slot is; unusable ones have no memory yet."""
 PREFETCHED = 0x10
-"""Set in a slot's state from its prefetch to its first hit."""
+"""Set in a slot's state from its prefetch to its first hit, which is no reuse."""
+_WAITED = 0x20
+"""Set when a prefetched slot came to the small queue's head unused, and went round once more."""
 GHOST_WAYS = 4
 _PLACE = 0x0F
-_SMALL_PERCENT = 10
+_SMALL_PERCENT = 25
 _PROMOTED_FROM = 2
 _EVICTED_AT_ONCE = 64
 _U64 = np.uint64
@@ -85,6 +89,34 @@ _U64 = np.uint64
     WASTED,
 ) = range(14)
 NUMBERS = 14
+
+
+class Writer(NamedTuple):
+    """Everything the writer knows beyond what readers see.
+
+    Attributes:
+        directories: int64, address of each table's directory.
+        readers: int64, address of each reader's memory.
+        state: uint8 `[slots]`, where each slot is, and flags.
+        hits: uint8 `[slots]`, hits collected so far, of those in the main queue.
+        small, main, limbo: int32 `[slots + 1]`, rings of slots.
+        limbo_epochs: uint64 `[slots + 1]`, the epoch in which each slot of limbo went there.
+        ghosts: uint32 `[ghosts, 2]`, fingerprint and time of eviction, in sets of `GHOST_WAYS`.
+        free: int32 `[slots]`, a stack.
+        numbers: int64 `[NUMBERS]`.
+    """
+
+    directories: Any
+    readers: Any
+    state: Any
+    hits: Any
+    small: Any
+    main: Any
+    limbo: Any
+    limbo_epochs: Any
+    ghosts: Any
+    free: Any
+    numbers: Any
 
 
 @kernel
@@ -205,44 +237,56 @@ def _was_evicted(ghosts, numbers, hashed, slots):
 
 
 @kernel
-def _settle_prefetch(state, numbers, slot, hits):
-    """Count a prefetched slot as useful or, if it goes unused, as wasted."""
-    if state[slot] & PREFETCHED:
-        numbers[USEFUL if hits else WASTED] += 1
-        state[slot] &= _PLACE
+def _settle_prefetch(state, numbers, slot, seen):
+    """Count a prefetched slot as useful or wasted; its hits beyond the one it was fetched for."""
+    if not state[slot] & PREFETCHED:
+        return seen
+    numbers[USEFUL if seen else WASTED] += 1
+    state[slot] &= _PLACE
+    return max(np.int64(0), seen - 1)
 
 
 @kernel
-def _evict(
-    view, directories, readers, state, hits, small, main, limbo, limbo_epochs, ghosts, numbers
-):
+def _move_on(writer, slot, seen):
+    """Whether the slot at the small queue's head stays, in that queue or in the main one."""
+    state, numbers = writer.state, writer.numbers
+    if state[slot] & PREFETCHED and not seen and not state[slot] & _WAITED:
+        state[slot] |= _WAITED
+        _push(writer.small, numbers, SMALL_HEAD, SMALL_COUNT, slot)
+        return True
+    if _settle_prefetch(state, numbers, slot, seen) < _PROMOTED_FROM:
+        return False
+    writer.hits[slot] = 0
+    state[slot] = MAIN
+    _push(writer.main, numbers, MAIN_HEAD, MAIN_COUNT, slot)
+    return True
+
+
+@kernel
+def _evict(view, writer):
     """Move one slot to limbo; False if there is none."""
+    numbers, state = writer.numbers, writer.state
     while numbers[SMALL_COUNT] + numbers[MAIN_COUNT] > 0:
         if numbers[SMALL_COUNT] * 100 >= view.slots * _SMALL_PERCENT or numbers[MAIN_COUNT] == 0:
-            slot = _pop(small, numbers, SMALL_HEAD, SMALL_COUNT)
-            seen = _collect_touches(readers, slot, hits[slot])
-            if seen >= _PROMOTED_FROM:
-                hits[slot] = 0
-                state[slot] = (state[slot] & ~_PLACE) | MAIN
-                if state[slot] & PREFETCHED:
-                    _settle_prefetch(state, numbers, slot, seen)
-                _push(main, numbers, MAIN_HEAD, MAIN_COUNT, slot)
+            slot = _pop(writer.small, numbers, SMALL_HEAD, SMALL_COUNT)
+            seen = _collect_touches(writer.readers, slot, writer.hits[slot])
+            if _move_on(writer, slot, seen):
                 continue
-            _remember(ghosts, numbers, _head_hash(view.seed, head_of(view, slot)))
+            _remember(writer.ghosts, numbers, _head_hash(view.seed, head_of(view, slot)))
         else:
-            slot = _pop(main, numbers, MAIN_HEAD, MAIN_COUNT)
-            seen = _collect_touches(readers, slot, hits[slot])
+            slot = _pop(writer.main, numbers, MAIN_HEAD, MAIN_COUNT)
+            seen = _collect_touches(writer.readers, slot, writer.hits[slot])
+            _settle_prefetch(state, numbers, slot, seen)
             if seen > 0:
-                hits[slot] = seen - 1
-                _push(main, numbers, MAIN_HEAD, MAIN_COUNT, slot)
+                writer.hits[slot] = seen - 1
+                _push(writer.main, numbers, MAIN_HEAD, MAIN_COUNT, slot)
                 continue
-        _settle_prefetch(state, numbers, slot, seen)
         numbers[EVICTED] += 1
-        _unlink(view, directories, slot)
+        _unlink(view, writer.directories, slot)
         state[slot] = LIMBO
-        at = (numbers[LIMBO_HEAD] + numbers[LIMBO_COUNT]) % limbo.size
-        limbo[at] = slot
-        limbo_epochs[at] = _U64(numbers[EPOCH])
+        at = (numbers[LIMBO_HEAD] + numbers[LIMBO_COUNT]) % writer.limbo.size
+        writer.limbo[at] = slot
+        writer.limbo_epochs[at] = _U64(numbers[EPOCH])
         numbers[LIMBO_COUNT] += 1
         return True
     return False
@@ -260,48 +304,32 @@ def oldest_epoch(readers, none):
 
 
 @kernel
-def _reclaim(directories, readers, state, limbo, limbo_epochs, free, numbers):
+def _reclaim(writer):
     """Begin a new epoch, and free the slots of limbo that no reader can still hold."""
+    numbers = writer.numbers
     numbers[EPOCH] += 1
-    for directory in directories:
+    for directory in writer.directories:
         store_release(directory + WORD_EPOCH * 8, _U64(numbers[EPOCH]))
     # Against the reader's fence between publishing its epoch and probing: either it sees that
     # these slots are unlinked, or this sees its epoch.
     fence_full()
-    oldest = oldest_epoch(readers, numbers[EPOCH])
-    while numbers[LIMBO_COUNT] and limbo_epochs[numbers[LIMBO_HEAD]] < oldest:
-        slot = limbo[numbers[LIMBO_HEAD]]
-        numbers[LIMBO_HEAD] = (numbers[LIMBO_HEAD] + 1) % limbo.size
-        numbers[LIMBO_COUNT] -= 1
-        state[slot] = FREE
-        free[numbers[FREE_COUNT]] = slot
+    oldest = oldest_epoch(writer.readers, numbers[EPOCH])
+    while numbers[LIMBO_COUNT] and writer.limbo_epochs[numbers[LIMBO_HEAD]] < oldest:
+        slot = _pop(writer.limbo, numbers, LIMBO_HEAD, LIMBO_COUNT)
+        writer.state[slot] = FREE
+        writer.free[numbers[FREE_COUNT]] = slot
         numbers[FREE_COUNT] += 1
 
 
 @kernel
-def _make_room(
-    view, directories, readers, state, hits, small, main, limbo, limbo_epochs, ghosts, free, numbers
-):
+def _make_room(view, writer):
     """Whether there is a free slot, after evicting a few if needed."""
+    numbers = writer.numbers
     if numbers[FREE_COUNT] == 0:
         for _ in range(min(_EVICTED_AT_ONCE, 1 + view.slots // 64)):
-            if numbers[LIMBO_COUNT] >= numbers[LIMBO_MAX]:
+            if numbers[LIMBO_COUNT] >= numbers[LIMBO_MAX] or not _evict(view, writer):
                 break
-            if not _evict(
-                view,
-                directories,
-                readers,
-                state,
-                hits,
-                small,
-                main,
-                limbo,
-                limbo_epochs,
-                ghosts,
-                numbers,
-            ):
-                break
-        _reclaim(directories, readers, state, limbo, limbo_epochs, free, numbers)
+        _reclaim(writer)
     return numbers[FREE_COUNT] > 0
 
 
@@ -326,35 +354,26 @@ def _write_slot(view, slot, order, windows, index, bundle):
 
 
 @kernel
-def fill(
-    packed_view,
-    windows,
-    orders,
-    bundles,
-    prefetched,
-    directories,
-    readers,
-    state,
-    hits,
-    small,
-    main,
-    limbo,
-    limbo_epochs,
-    ghosts,
-    free,
-    numbers,
-):
+def add_slots(writer, first, last):
+    """Slots `[first, last)` have memory now; the lowest is used first."""
+    for slot in range(last - 1, first - 1, -1):
+        writer.state[slot] = FREE
+        writer.free[writer.numbers[FREE_COUNT]] = slot
+        writer.numbers[FREE_COUNT] += 1
+
+
+@kernel
+def fill(packed_view, windows, orders, bundles, prefetched, writer):
     """Keep bundles, as far as the policy and the readers let it.
 
     Args:
         windows, orders: int32 `[N, max_order]`, `[N]`: n-grams, each once.
         bundles: int64 `[N]`, address of each bundle's bytes, 0 to leave it out.
         prefetched: whether they were read before anybody asked for them.
-        directories: int64, address of each table's directory.
-        readers: int64, address of each reader's memory.
-        others: the writer's state, see `engram.ram.cache.Cache`.
+        writer: `Writer`.
     """
     view = unpack_view(packed_view)
+    numbers, state = writer.numbers, writer.state
     for n in range(len(orders)):
         if bundles[n] == 0 or view.slots == 0:
             continue
@@ -362,51 +381,40 @@ def fill(
         slot = likely_slot(view, hashed)
         if slot >= 0 and is_key(head_of(view, slot), view.table, orders[n], windows, n):
             continue
-        if not _make_room(
-            view,
-            directories,
-            readers,
-            state,
-            hits,
-            small,
-            main,
-            limbo,
-            limbo_epochs,
-            ghosts,
-            free,
-            numbers,
-        ):
+        if not _make_room(view, writer):
             numbers[REFUSED] += 1
             continue
-        slot = np.int64(free[numbers[FREE_COUNT] - 1])
+        slot = np.int64(writer.free[numbers[FREE_COUNT] - 1])
         _write_slot(view, slot, orders[n], windows, n, bundles[n])
+        _collect_touches(writer.readers, slot, 0)
+        writer.hits[slot] = 0
         if not _link(view, hashed, slot):
             numbers[REFUSED] += 1
             continue
         numbers[FREE_COUNT] -= 1
         numbers[ADMITTED] += 1
-        _collect_touches(readers, slot, 0)
-        # Nobody has asked for what was prefetched: it gets the time to be asked for.
-        hits[slot] = _PROMOTED_FROM if prefetched else 0
-        known = _was_evicted(ghosts, numbers, hashed, view.slots)
-        if known:
+        if _was_evicted(writer.ghosts, numbers, hashed, view.slots):
             state[slot] = MAIN
-            _push(main, numbers, MAIN_HEAD, MAIN_COUNT, slot)
+            _push(writer.main, numbers, MAIN_HEAD, MAIN_COUNT, slot)
         else:
             state[slot] = SMALL
-            _push(small, numbers, SMALL_HEAD, SMALL_COUNT, slot)
+            _push(writer.small, numbers, SMALL_HEAD, SMALL_COUNT, slot)
         if prefetched:
             state[slot] |= PREFETCHED
 
 
 @kernel
-def settle_prefetches(readers, state, numbers):
+def settle_prefetches(writer):
     """Count prefetched slots that were hit meanwhile as useful."""
+    state = writer.state
     for slot in range(state.size):
         if state[slot] & PREFETCHED:
-            for reader in readers:
-                if load_u8(reader + PAGE_BYTES + slot):
-                    _settle_prefetch(state, numbers, slot, 1)
+            for reader in writer.readers:
+                touched = reader + PAGE_BYTES + slot
+                count = load_u8(touched)
+                if count:
+                    store_u8(touched, np.uint8(count - 1))
+                    _settle_prefetch(state, writer.numbers, slot, np.int64(1))
                     break
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from engram.errors import ConfigError
 from engram.ram import _fill
 from engram.ram.layout import (
     ABI,
@@ -25,6 +27,7 @@ from engram.ram.layout import (
     WORD_HEAD_BYTES,
     WORD_MAGIC,
     WORD_SEED,
+    WORD_SLABS,
     WORD_SLOT_BYTES,
     WORD_SLOTS,
     WORD_SLOTS_PER_SLAB,
@@ -35,6 +38,13 @@ from engram.ram.layout import (
 )
 from engram.ram.memory import SEALS_OF_WRITER, Memory
 from engram.tiers import Int32s, Int64s, Ngrams
+
+_DIRECTORY = "engram-directory"
+_RESERVED_AT_ONCE_BYTES = 256 << 20
+"""Memory taken before a cache can be used; the rest follows in the background, because zeroing
+takes a second for a few GiB and nobody should wait for it."""
+
+_log = logging.getLogger("engram.ram")
 
 
 @dataclass(frozen=True)
@@ -82,18 +92,42 @@ class Cache:
             for number in range(layout.slabs)
         )
         self.directories = tuple(
-            self._memory(f"engram-directory-{number}", layout.directory_bytes)
+            self._memory(f"{_DIRECTORY}-{number}", layout.directory_bytes)
             for number in range(len(tables))
         )
         self._slab_addresses = np.array([slab.address for slab in self.slabs], np.int64)
-        self._directory_addresses = np.array([each.address for each in self.directories], np.int64)
         self.reader = Memory.private(layout.reader_bytes)
         self.views = tuple(self._view(number) for number in range(len(tables)))
         self._renew()
         _ALL.add(self)
+        self._reserve(_RESERVED_AT_ONCE_BYTES)
+        if self._reserved < layout.slabs:
+            threading.Thread(target=self._reserve, name="engram-reserve", daemon=True).start()
+
+    def _reserve(self, bytes_max: int | None = None) -> None:
+        """Take the memory of more slabs, so that writing to them can never fail, and use them."""
+        layout, taken = self.layout, 0
+        while self._reserved < layout.slabs and (bytes_max is None or taken < bytes_max):
+            slab = self._reserved
+            try:
+                self.slabs[slab].reserve()
+            except ConfigError as error:
+                _log.error("the RAM tier stays at %d of %d slabs: %s", slab, layout.slabs, error)
+                return
+            first = slab * layout.slots_per_slab
+            with self.lock:
+                _fill.add_slots(
+                    self._writer, first, min(first + layout.slots_per_slab, layout.slots)
+                )
+                self._reserved += 1
+                for directory in self.directories:
+                    directory.words(WORD_SLABS + 1)[WORD_SLABS] = self._reserved
+            taken += self.slabs[slab].size
 
     def _memory(self, name: str, size: int) -> Memory:
-        return Memory.shared(name, size, SEALS_OF_WRITER) if self._shared else Memory.private(size)
+        if not self._shared:
+            return Memory.private(size)
+        return Memory.shared(name, size, SEALS_OF_WRITER, reserve=name.startswith(_DIRECTORY))
 
     def _view(self, number: int) -> Int64s:
         table = self._tables[number]
@@ -112,19 +146,24 @@ class Cache:
         """Empty."""
         self.lock = threading.Lock()
         self._readers = [self.reader]
+        self._reserved = 0
         slots = self.layout.slots
-        self._state = np.zeros(slots, np.uint8)
-        self._hits = np.zeros(slots, np.uint8)
-        self._small, self._main, self._limbo = (np.zeros(slots + 1, np.int32) for _ in range(3))
-        self._limbo_epochs = np.zeros(slots + 1, np.uint64)
         ghosts = _fill.GHOST_WAYS * (1 + slots // _fill.GHOST_WAYS)
-        self._ghosts = np.zeros((ghosts, 2), np.uint32)
-        self._free = np.arange(slots, dtype=np.int32)[::-1].copy()
-        self._numbers = np.zeros(_fill.NUMBERS, np.int64)
-        self._numbers[_fill.FREE_COUNT] = slots
-        self._numbers[_fill.LIMBO_MAX] = max(4, slots // 32)
-        self._numbers[_fill.EPOCH] = 1
-        self._reader_addresses = self._addresses()
+        self._writer = _fill.Writer(
+            directories=np.array([each.address for each in self.directories], np.int64),
+            readers=self._addresses(),
+            state=np.full(slots, _fill.UNUSABLE, np.uint8),
+            hits=np.zeros(slots, np.uint8),
+            small=np.zeros(slots + 1, np.int32),
+            main=np.zeros(slots + 1, np.int32),
+            limbo=np.zeros(slots + 1, np.int32),
+            limbo_epochs=np.zeros(slots + 1, np.uint64),
+            ghosts=np.zeros((ghosts, 2), np.uint32),
+            free=np.zeros(slots, np.int32),
+            numbers=np.zeros(_fill.NUMBERS, np.int64),
+        )
+        self._writer.numbers[_fill.LIMBO_MAX] = max(4, slots // 32)
+        self._writer.numbers[_fill.EPOCH] = 1
         for number, directory in enumerate(self.directories):
             directory.bytes()[PAGE_BYTES:] = 0
             self._write_header(number, directory.words(WORD_EPOCH + 1))
@@ -153,13 +192,13 @@ class Cache:
         assert memory.size == self.layout.reader_bytes
         with self.lock:
             self._readers.append(memory)
-            self._reader_addresses = self._addresses()
+            self._writer = self._writer._replace(readers=self._addresses())
 
     def remove_reader(self, memory: Memory) -> None:
         """Forget a reader: what it held may be reused. Safe if it is not known."""
         with self.lock:
             self._readers = [each for each in self._readers if each is not memory]
-            self._reader_addresses = self._addresses()
+            self._writer = self._writer._replace(readers=self._addresses())
 
     def fill(
         self, number: int, ngrams: Ngrams, bundles: Int64s, *, prefetched: bool = False
@@ -179,17 +218,7 @@ class Cache:
                 ngrams.orders,
                 bundles,
                 prefetched,
-                self._directory_addresses,
-                self._reader_addresses,
-                self._state,
-                self._hits,
-                self._small,
-                self._main,
-                self._limbo,
-                self._limbo_epochs,
-                self._ghosts,
-                self._free,
-                self._numbers,
+                self._writer,
             )
 
     def stage_present(
@@ -213,8 +242,8 @@ class Cache:
     def stats(self) -> dict[str, int]:
         """Slots by place, and counts since the start."""
         with self.lock:
-            _fill.settle_prefetches(self._reader_addresses, self._state, self._numbers)
-            numbers = self._numbers.tolist()
+            _fill.settle_prefetches(self._writer)
+            numbers = self._writer.numbers.tolist()
         layout = self.layout
         return {
             "capacity_bytes": layout.total_bytes(len(self._tables)) if layout.slots else 0,
@@ -234,18 +263,19 @@ class Cache:
             self._check_integrity()
 
     def _check_integrity(self) -> None:
-        numbers, slots = self._numbers, self.layout.slots
+        writer, numbers = self._writer, self._writer.numbers
         queues = [
-            _held(self._small, numbers[_fill.SMALL_HEAD], numbers[_fill.SMALL_COUNT]),
-            _held(self._main, numbers[_fill.MAIN_HEAD], numbers[_fill.MAIN_COUNT]),
-            _held(self._limbo, numbers[_fill.LIMBO_HEAD], numbers[_fill.LIMBO_COUNT]),
-            self._free[: numbers[_fill.FREE_COUNT]],
+            _held(writer.small, numbers[_fill.SMALL_HEAD], numbers[_fill.SMALL_COUNT]),
+            _held(writer.main, numbers[_fill.MAIN_HEAD], numbers[_fill.MAIN_COUNT]),
+            _held(writer.limbo, numbers[_fill.LIMBO_HEAD], numbers[_fill.LIMBO_COUNT]),
+            writer.free[: numbers[_fill.FREE_COUNT]],
+            np.flatnonzero(writer.state == _fill.UNUSABLE),
         ]
-        places = (_fill.SMALL, _fill.MAIN, _fill.LIMBO, _fill.FREE)
+        places = (_fill.SMALL, _fill.MAIN, _fill.LIMBO, _fill.FREE, _fill.UNUSABLE)
         for queue, place in zip(queues, places, strict=True):
-            assert ((self._state[queue] & 0x0F) == place).all()
+            assert ((writer.state[queue] & 0x0F) == place).all()
         everything = np.concatenate(queues)
-        assert len(everything) == slots == len(np.unique(everything))
+        assert len(everything) == self.layout.slots == len(np.unique(everything))
         linked = []
         for directory in self.directories:
             entries = directory.bytes()[PAGE_BYTES:].view(np.uint64)
@@ -266,6 +296,7 @@ def _renew_after_fork() -> None:
     for cache in _ALL:
         if not cache._shared:
             cache._renew()
+            cache._reserve()
 
 
 os.register_at_fork(after_in_child=_renew_after_fork)

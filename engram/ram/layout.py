@@ -54,6 +54,8 @@ TOUCHES_MAX = 3
 ) = range(13)
 WORD_EPOCH = 64
 """In the directory the writer's epoch; in a reader's page the epoch it holds, 0 if none."""
+WORD_SLABS = 72
+"""Slabs, from the first on, that have memory; reading another would take it."""
 
 # Counters in a reader's page.
 WORD_HITS, WORD_MISSES, WORD_LOOKUPS = 8, 9, 10

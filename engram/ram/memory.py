@@ -85,15 +85,28 @@ class Memory:
         try:
             descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, size)
-            if reserve:
-                os.posix_fallocate(descriptor, 0, size)
             mapped = _map(descriptor, size, mmap.MAP_SHARED)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
         except OSError as error:
             if descriptor >= 0:
                 os.close(descriptor)
             raise _no_room(size, error) from None
-        return cls(mapped, descriptor)
+        memory = cls(mapped, descriptor)
+        if reserve:
+            memory.reserve()
+        return memory
+
+    def reserve(self) -> None:
+        """Take the memory now, if it is a memfd, so that writing to it can never fail.
+
+        Raises:
+            ConfigError: there is not so much.
+        """
+        if self.descriptor >= 0:
+            try:
+                os.posix_fallocate(self.descriptor, 0, self.size)
+            except OSError as error:
+                raise _no_room(self.size, error) from None
 
     @classmethod
     def received(cls, descriptor: int, size: int, seals: int, *, writable: bool = False) -> Memory:
