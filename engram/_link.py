@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -18,7 +19,9 @@ from engram.proto.v1.engram_pb2_grpc import EngramStub
 
 
 class Connection:
-    """A channel, what the sidecar said about the table, and the Lookup stream on it."""
+    """A channel, what the sidecar said about the table and, once opened, a stream for requests."""
+
+    stream: RequestStream
 
     def __init__(self, target: str, name: str | None, tls: Tls, timeout_s: float) -> None:
         self.target = target = absolute_target(target)
@@ -29,10 +32,30 @@ class Connection:
         self.prefetches = PrefetchStream(self.stub, target)
         try:
             self.table = self._describe(name)
-            self.stream = RequestStream(self.stub.Lookup, target, timeout_s, self.channel.close)
         except BaseException:
             self.channel.close()
             raise
+
+    def open(self, method: str, ended: Callable[[], None] | None = None) -> Connection:
+        """Open the stream; its end ends the connection. Returns itself.
+
+        Args:
+            method: of the stub.
+            ended: called at the end.
+        """
+
+        def over() -> None:
+            self.channel.close()
+            if ended is not None:
+                ended()
+
+        try:
+            call = getattr(self.stub, method)
+            self.stream = RequestStream(call, self.target, self.timeout_s, over)
+        except BaseException:
+            self.channel.close()
+            raise
+        return self
 
     def _describe(self, name: str | None) -> pb.GetTableResponse:
         try:
@@ -59,7 +82,10 @@ class Connection:
         # A forked child has none of gRPC's threads; closing there could wait for ever.
         if self.owner == os.getpid():
             self.prefetches.close()
-            self.stream.close()
+            if hasattr(self, "stream"):
+                self.stream.close()
+            else:
+                self.channel.close()
 
 
 class Link:
@@ -97,6 +123,7 @@ class Link:
         before = self.now
         try:
             fresh = Connection(before.target, before.table.name, self._tls, before.timeout_s)
+            fresh.open("Lookup")
         except UnavailableError as error:
             self._attempts += 1
             self._failure = str(error)

@@ -11,22 +11,25 @@ from engram._stream import RequestStream
 from engram._wire import pack_ngrams
 from engram.errors import ServiceError
 from engram.proto.v1 import engram_pb2 as pb
-from engram.tiers import Ngrams
+from engram.tiers import Ngrams, Prefetch
 
 UNANSWERED_MAX = 64
 """Requests in flight: a sidecar that falls behind would only warm what was needed long ago."""
 _TIMEOUT_S = 3600.0
 
 
-class RemotePrefetch:
-    """What was asked for in one call."""
+class RemotePrefetch(Prefetch):
+    """What was asked of a sidecar in one call."""
 
-    def __init__(self, stream: RequestStream | None, request_ids: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, stream: RequestStream | None = None, request_ids: Iterable[int] = ()
+    ) -> None:
+        super().__init__()
         self._stream = stream
-        self._request_ids = request_ids
+        self._request_ids = tuple(request_ids)
 
     def cancel(self) -> None:
-        """Drop what the sidecar has not read yet; never raises, safe to call twice."""
+        super().cancel()
         request_ids, self._request_ids = self._request_ids, ()
         for request_id in request_ids:
             assert self._stream is not None
@@ -34,7 +37,7 @@ class RemotePrefetch:
                 pending = self._stream.send(pb.PrefetchRequest(cancel=request_id), _TIMEOUT_S)
             except ServiceError:  # the stream ended, and all its prefetches with it
                 return
-            self._stream.forget(pending, lambda outcome: None)
+            self._stream.forget(pending)
 
 
 class PrefetchStream:
@@ -81,7 +84,7 @@ class PrefetchStream:
             counters.add(prefetches=1)
             request_ids.append(pending.request_id)
             stream.forget(pending, answered)
-        return RemotePrefetch(stream, tuple(request_ids))
+        return RemotePrefetch(stream, request_ids)
 
     def _opened(self) -> RequestStream | None:
         with self._lock:

@@ -24,10 +24,15 @@ class StreamLostError(UnavailableError):
 
 
 class Pending:
-    """A request in flight."""
+    """A request in flight.
+
+    Attributes:
+        over: whether nothing more will come for it.
+    """
 
     def __init__(self, request_id: int, deadline: float) -> None:
         self.request_id = request_id
+        self.over = False
         self.arrived: SimpleQueue[Any] = SimpleQueue()
         self._deadline = deadline
 
@@ -125,7 +130,7 @@ class RequestStream:
         return pending
 
     def forget(self, pending: Pending, then: Callable[[Any], None] | None = None) -> None:
-        """Wait no longer for `pending`.
+        """Wait no longer for `pending`, none of whose replies were taken.
 
         Args:
             then: called once, with its final reply or with the error that ended the stream; by
@@ -171,14 +176,16 @@ class RequestStream:
                 self._requests.put(None)
             return
         self.boot_id = reply.boot_id
+        last = _is_last(reply)
         late = None
         with self._lock:
             pending = self._pending.get(reply.request_id)
-            if _is_last(reply):
+            if last:
                 self._pending.pop(reply.request_id, None)
                 late = self._late.pop(reply.request_id, None)
-        if pending is not None:
-            pending.arrived.put(reply)
+            if pending is not None:
+                pending.over = last
+                pending.arrived.put(reply)
         if late is not None:
             late(reply)
 
@@ -189,6 +196,7 @@ class RequestStream:
             late, self._late = self._late, {}
             self._requests.put(None)
         for each in pending.values():
+            each.over = True
             each.arrived.put(_copy(reason))
         for then in late.values():
             then(reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,22 +13,20 @@ import numpy as np
 
 from engram._channel import Tls, require_own_grpc
 from engram._counters import Counters
+from engram._described import items_per_request, row_format_of, spec_of
 from engram._failures import Failures
 from engram._link import Connection, Link
 from engram._prefetches import RemotePrefetch
 from engram._stream import Pending, StreamLostError
 from engram._wire import pack_ngrams, scatter_rows, unpack_failures
-from engram.errors import ServiceError, SpecMismatchError
+from engram.errors import ConfigError, ServiceError, UnavailableError
 from engram.proto.v1 import engram_pb2 as pb
-from engram.rows import RowFormat, Rows
-from engram.spec import NgramSpec
-from engram.store.checks import digest
+from engram.rows import Rows
 from engram.table import Table
 from engram.tiers import Int64s, Ngrams, Selection, Tier
 
-REQUEST_ROWS_MAX = 1 << 14
-"""Rows asked for at once: enough to read at depth, few enough that several requests overlap."""
 REQUESTS_IN_FLIGHT_MAX = 4
+RETRY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class RemoteTier(Tier):
         *,
         timeout_s: float = 30.0,
         tls: Tls | None = None,
+        waits: bool = False,
     ) -> None:
         tls = tls or Tls()
         connection = Connection(target, name, tls, timeout_s)
@@ -60,13 +60,15 @@ class RemoteTier(Tier):
             table = connection.table
             self.name = table.name
             self.fingerprint = table.fingerprint
-            self.spec = _spec_of(table)
-            self.row_format = _row_format_of(table, self.spec)
+            self.spec = spec_of(table)
+            self.row_format = row_format_of(table, self.spec)
+            connection.open("Lookup")
         except BaseException:
             connection.close()
             raise
         self._target = connection.target
         self._timeout_s = timeout_s
+        self._waits = waits
         self._link = Link(connection, tls)
         self._counters = Counters(
             "requests", "rows_read", "rows_failed", "prefetches", "prefetches_dropped"
@@ -77,7 +79,7 @@ class RemoteTier(Tier):
         def parts(limits: pb.Limits) -> Iterator[_Part]:
             widths = len(selection.layers) * np.diff(selection.order_bounds)
             counts = widths[ngrams.orders - selection.min_order]
-            step = _step(limits, int(widths.max()), 1 + 4 * self.spec.max_order)
+            step = items_per_request(limits, int(widths.max()), 1 + 4 * self.spec.max_order)
             first_row = 0
             for at in range(0, len(ngrams), step):
                 rows = int(counts[at : at + step].sum())
@@ -93,7 +95,7 @@ class RemoteTier(Tier):
 
     def read_rows(self, layer: int, row_ids: Int64s, out: Rows, places: Int64s) -> None:
         def parts(limits: pb.Limits) -> Iterator[_Part]:
-            step = _step(limits, 1, 8)
+            step = items_per_request(limits, 1, 8)
             for at in range(0, len(row_ids), step):
                 ids = row_ids[at : at + step].astype("<i8", copy=False)
                 lookup = pb.RowLookup(layer=layer, row_ids=ids.tobytes())
@@ -105,16 +107,28 @@ class RemoteTier(Tier):
         return pb.LookupRequest(table=self.name, fingerprint=self.fingerprint, **rows_of)
 
     def _look_up(self, parts: Any, out: Rows, places: Int64s) -> None:
-        connection = self._link.connection()
-        try:
-            failures = self._exchange(connection, parts(connection.table.limits), out, places)
-        except StreamLostError:
-            # Rows are immutable, so asking again is safe; a sidecar that restarted answers.
-            connection = self._link.connection()
-            failures = self._exchange(connection, parts(connection.table.limits), out, places)
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                failures = self._ask(parts, out, places)
+                break
+            except UnavailableError:
+                self._link.require_open()
+                if not self._waits or time.monotonic() >= deadline:
+                    raise
+            time.sleep(RETRY_S)
         failed = failures.rows
         self._counters.add(rows_read=len(places), rows_failed=sum(map(len, failed.values())))
         failures.raise_any(self.name, served=True)
+
+    def _ask(self, parts: Any, out: Rows, places: Int64s) -> Failures:
+        connection = self._link.connection()
+        try:
+            return self._exchange(connection, parts(connection.table.limits), out, places)
+        except StreamLostError:
+            # Rows are immutable, so asking again is safe; a sidecar that restarted answers.
+            connection = self._link.connection()
+            return self._exchange(connection, parts(connection.table.limits), out, places)
 
     def _exchange(
         self, connection: Connection, parts: Iterable[_Part], out: Rows, places: Int64s
@@ -174,9 +188,9 @@ class RemoteTier(Tier):
             connection = self._link.connection()
         except ServiceError:
             self._counters.add(prefetches_dropped=1)
-            return RemotePrefetch(None)
+            return RemotePrefetch()
         rows_each = len(self.spec.layers) * self.spec.heads
-        step = _step(connection.table.limits, rows_each, 1 + 4 * self.spec.max_order)
+        step = items_per_request(connection.table.limits, rows_each, 1 + 4 * self.spec.max_order)
         parts = (_slice(ngrams, at, at + step) for at in range(0, len(ngrams), step))
         return connection.prefetches.send(connection.table, parts, self._counters)
 
@@ -201,66 +215,28 @@ def _slice(ngrams: Ngrams, start: int, stop: int) -> Ngrams:
     return Ngrams(ngrams.windows[start:stop], ngrams.orders[start:stop])
 
 
-def _step(limits: pb.Limits, rows_each: int, bytes_each: int) -> int:
-    """How many items one request may name, each of at most so many rows and bytes."""
-    rows = min(limits.max_rows, REQUEST_ROWS_MAX)
-    # What is not items: table name, fingerprint, selection.
-    room = limits.max_message_bytes - 65536
-    return max(1, min(rows // max(1, rows_each), room // bytes_each))
-
-
-def _spec_of(table: pb.GetTableResponse) -> NgramSpec:
-    if len(table.token_map) % 4:
-        raise SpecMismatchError(
-            f"the token map of {table.name} came as {len(table.token_map)} bytes, which are not "
-            "whole ids of 4; use versions of engram that match",
-            "token_map",
-        )
-    token_map = np.frombuffer(table.token_map, "<i4").astype(np.int32) if table.token_map else None
-    spec = NgramSpec.from_json(table.spec, token_map)
-    if spec.digest != digest(table.spec.encode()):
-        raise SpecMismatchError(
-            f"the spec of {table.name} means something else here than at the sidecar; "
-            "use versions of engram that match",
-            "digest",
-        )
-    ours = [(layer.layer, layer.rows) for layer in spec.layers]
-    if ours != [(layer.layer, layer.rows) for layer in table.layers]:
-        raise SpecMismatchError(
-            f"the layers of {table.name} are not those of its spec; import the table again",
-            "layers",
-        )
-    return spec
-
-
-def _row_format_of(table: pb.GetTableResponse, spec: NgramSpec) -> RowFormat:
-    packed = table.row_format
-    scale = packed.global_scale if packed.HasField("global_scale") else None
-    if packed.dim != spec.dim:
-        raise SpecMismatchError(
-            f"the rows of {table.name} have {packed.dim} values, those of its spec {spec.dim}; "
-            "import the table again",
-            "dim",
-        )
-    return RowFormat(packed.name, packed.dim, scale)
-
-
 def connect(
     target: str,
     name: str | None = None,
     *,
     timeout_s: float = 30.0,
+    on_unavailable: str | None = None,
     root_certificates: str | os.PathLike[str] | None = None,
     client_certificate: str | os.PathLike[str] | None = None,
     client_key: str | os.PathLike[str] | None = None,
 ) -> Table:
     """Open a table that a sidecar serves.
 
+    On a Unix socket the sidecar's RAM tier is shared memory, and only what it lacks is asked for.
+
     Args:
         target: `unix:PATH`; or `HOST:PORT` or `dns:///HOST:PORT`, over TLS unless the host is
             this one (`localhost`, 127.0.0.0/8, ::1).
         name: of the table; may be left out where only one is served.
         timeout_s: longest wait for the answer to one request.
+        on_unavailable: while the sidecar is gone: `"direct"`, the default on a Unix socket, reads
+            the table's file; `"wait"` waits for it to come back, as long as `timeout_s` allows;
+            `"fail"`, the default elsewhere, raises. It is reconnected to in any case.
         root_certificates: PEM file of who signs the sidecar's certificate; the system's if None.
         client_certificate, client_key: PEM files that the sidecar asks for.
 
@@ -268,13 +244,24 @@ def connect(
         UnavailableError: nothing answers at `target`, or not engram.
         UnknownTableError: no table of that name, or several and no name.
         SpecMismatchError: its spec means something else to this version of engram.
-        ConfigError: a target or file that cannot be used.
+        RequestError: the sidecar does not share its memory with this user.
+        OverloadError: it has no room for another client.
+        ConfigError: a target, file or `on_unavailable` that cannot be used.
     """
-    return Table(
-        RemoteTier(
-            target,
-            name,
-            timeout_s=timeout_s,
-            tls=Tls(root_certificates, client_certificate, client_key),
+    tls = Tls(root_certificates, client_certificate, client_key)
+    if on_unavailable not in (None, "direct", "wait", "fail"):
+        raise ConfigError(f"on_unavailable is {on_unavailable!r}; use 'direct', 'wait' or 'fail'")
+    if target.startswith("unix:"):
+        connection = Connection(target, name, tls, timeout_s)
+        if connection.table.attach:
+            from engram.ram.attached import AttachedTier
+
+            return Table(AttachedTier(connection, on_unavailable or "direct", timeout_s))
+        connection.close()
+    if on_unavailable == "direct":
+        raise ConfigError(
+            f"the file of a table at {target} cannot be read from here; "
+            "use on_unavailable='wait' or 'fail'"
         )
-    )
+    waits = on_unavailable == "wait"
+    return Table(RemoteTier(target, name, timeout_s=timeout_s, tls=tls, waits=waits))

@@ -169,7 +169,7 @@ def test_a_client_over_the_limit_learns_what_to_do_and_can_go_on(sidecar, monkey
     ids = np.zeros(200_000, np.int64)
     out = Rows.empty((1,), tier.row_format)
     with monkeypatch.context() as patched:
-        patched.setattr("engram.remote._step", lambda *unused: len(ids))
+        patched.setattr("engram.remote.items_per_request", lambda *unused: len(ids))
         with pytest.raises(RequestError, match="ask for fewer rows at once"):
             tier.read_rows(0, ids, out, np.zeros_like(ids))
     tier.read_rows(0, ids[:1], out, ids[:1])

@@ -198,6 +198,11 @@ class Lease:
                 "'forkserver' method, or call engram.connect only after forking"
             )
 
+    def end(self) -> None:
+        """End the lease, but keep memory and files; safe to call twice."""
+        if self._forks == _forks[0]:
+            _hang_up(self._connection)
+
     def close(self) -> None:
         """End the lease; the memory goes with the object. Safe to call twice."""
         self._closed.set()
