@@ -68,6 +68,14 @@ BAD = {
         {"history": np.array([[-1, 2, 2**40]])},
         r"history\[0, 2\] = 1099511627776 is not an id",
     ),
+    "flat history below -1": (
+        {"tokens": [[1, 2], [3, 4]], "history": [1, -2, 3]},
+        r"history\[1\] = -2 is not an id of the vocabulary of 600; use -1 for none",
+    ),
+    "flat history too narrow": (
+        {"tokens": [[1, 2], [3, 4]], "history": [1, 2]},
+        "history has width 2, but the spec needs 3",
+    ),
     "float history": ({"history": [[1.0, 2, 3]]}, "history must be integers, not float64"),
     "dead of another shape": (
         {"dead": [True, False]},
@@ -126,3 +134,17 @@ def test_history_of_one_sequence_may_be_flat(spec):
     np.testing.assert_array_equal(
         spec.windows([4, 5], history=[-1, 8, 9]), spec.windows([4, 5], history=[[-1, 8, 9]])
     )
+
+
+def test_flat_history_stands_before_all_continuations(spec):
+    drafts, context = [[4, 5], [6, 7], [4, 8]], [-1, 8, 9]
+    expected = np.stack([spec.windows(draft, history=context) for draft in drafts])
+    np.testing.assert_array_equal(spec.windows(drafts, history=context), expected)
+    np.testing.assert_array_equal(spec.windows(drafts, history=[context] * 3), expected)
+    for kind in (np.int32, np.int64):
+        given = np.array(context, kind)
+        np.testing.assert_array_equal(spec.windows(drafts, history=given), expected)
+
+
+def test_flat_history_of_no_sequences(spec):
+    assert spec.windows(np.empty((0, 5), np.int32), history=[1, 2, 3]).shape == (0, 5, 4)

@@ -14,6 +14,7 @@ Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 _NONE_DEAD = np.zeros(0, np.bool_)
 
 
@@ -51,8 +52,8 @@ class Batch(NamedTuple):
         Args:
             tokens: integers `[T]` (with `starts`), `[L]` or `[B, L]`. At a dead position any id.
             starts: integers `[B + 1]`, from 0 to T, never falling; None without ragged sequences.
-            history: integers `[B, max_order - 1]`, or `[max_order - 1]` for tokens `[L]`; None =
-                all -1.
+            history: integers `[B, max_order - 1]`; without `starts` also `[max_order - 1]`, the
+                same before all sequences; None = all -1.
             dead: booleans shaped like `tokens`, or None.
             max_order, vocab_size, dead_positions: of the spec.
 
@@ -65,7 +66,7 @@ class Batch(NamedTuple):
             wanted = "[T] with starts" if starts is not None else "[L] or [B, L]"
             raise TokenError(f"tokens must be {wanted}, not of shape {list(shape)}")
         bounds = _starts_of(shape) if starts is None else _checked_starts(starts)
-        before = _history_of(history, len(bounds) - 1, max_order, starts is None and ids.ndim == 1)
+        before = _history_of(history, len(bounds) - 1, max_order, starts is None)
         mask = None if dead is None else _dead_of(dead, shape, dead_positions)
         flat = np.empty(ids.size, np.int32)
         problem, where = _kernels.check_batch(
@@ -79,9 +80,9 @@ class Batch(NamedTuple):
         if problem != _kernels.VALID:
             # As they were given: what is beyond int64 was clipped.
             given = bounds if starts is None else np.asarray(starts)
-            past = before if history is None else np.asarray(history).reshape(before.shape)
+            past = before if history is None else np.asarray(history)
             _refuse(problem, where, np.asarray(tokens), given, past, vocab_size)
-        if before.dtype != np.int32:
+        if before.dtype is not _INT32:
             # Checked against the vocabulary, so nothing is lost.
             before = before.astype(np.int32)
         return cls(flat, bounds, before, mask, shape)
@@ -94,7 +95,7 @@ def _integers(what: str, given: npt.ArrayLike) -> npt.NDArray[Any]:
     except (TypeError, ValueError) as error:
         raise TokenError(f"{what} cannot be read as an array of integers: {error}") from None
     kind = array.dtype
-    if kind not in (np.int32, np.int64):
+    if kind is not _INT32 and kind is not _INT64 and kind not in (_INT32, _INT64):
         if kind.kind not in "iu" and array.size:
             raise TokenError(f"{what} must be integers, not {kind}; pass int32 or int64")
         if kind == np.uint64:
@@ -114,7 +115,7 @@ def _checked_starts(starts: npt.ArrayLike) -> Int64s:
     bounds = _integers("starts", starts)
     if bounds.ndim != 1 or not len(bounds):
         raise TokenError(f"starts must be [B + 1], not of shape {list(bounds.shape)}")
-    return bounds.astype(np.int64, copy=False)
+    return bounds if bounds.dtype is _INT64 else bounds.astype(np.int64)
 
 
 def _history_of(
@@ -126,6 +127,8 @@ def _history_of(
     before = _integers("history", history)
     if before.ndim == 1 and flat_allowed:
         before = before.reshape(1, -1)
+        if sequences != 1:
+            before = np.repeat(before, sequences, axis=0)
     if before.ndim != 2:
         raise TokenError(f"history must be [B, {width}], not of shape {list(before.shape)}")
     if before.shape[1] != width:

@@ -175,7 +175,8 @@ class NgramSpec:
             tokens: integer ids `[T]` with `starts`; `[L]` or `[B, L]` without.
             starts: integers `[B + 1]`: where each sequence begins in `tokens`, then T.
             history: integers `[B, max_order - 1]`: ids just before each sequence, oldest first,
-                -1 = before the start, or dead. None = all -1. For tokens `[L]` one row will do.
+                -1 = before the start, or dead. None = all -1. Without `starts` one row will do
+                for all sequences: several continuations of one context.
             dead: booleans like `tokens`: positions that take no part, whatever their id.
 
         Returns:
