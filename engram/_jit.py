@@ -211,6 +211,14 @@ def _compare_exchange(typingctx: Any, address: Any, expected: Any, word: Any) ->
     return types.boolean(types.int64, types.uint64, types.uint64), codegen
 
 
+@intrinsic
+def _add_atomic(typingctx: Any, address: Any, increment: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _pointer(builder, args[0], 64), args[1], "monotonic")
+
+    return types.uint64(types.int64, types.uint64), codegen
+
+
 load_relaxed: Any = _atomic_loader("monotonic")
 load_acquire: Any = _atomic_loader("acquire")
 store_relaxed: Any = _atomic_storer("monotonic")
@@ -224,6 +232,9 @@ fence_full: Any = _fencer("seq_cst")
 
 compare_exchange: Any = _compare_exchange
 """`compare_exchange(address, expected, word)`: whether `word` replaced `expected` there."""
+
+add_atomic: Any = _add_atomic
+"""`add_atomic(address, increment)`: add to the word there; what it was before."""
 
 prefetch: Any = _prefetch
 """Ask the processor for the line at an address; harmless whatever the address."""

@@ -26,6 +26,7 @@ from engram.errors import SelectionError, SpecError
 
 Bytes = npt.NDArray[np.uint8]
 
+_UINT8 = np.dtype(np.uint8)
 _VALUE_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp8-ue8m0": 8, "fp8": 8, "nvfp4": 4, "nf4": 4}
 _SCALE_BLOCK = {"fp8-ue8m0": 32, "nvfp4": 16}
 _GLOBAL_SCALE = ("fp8", "nvfp4")
@@ -148,6 +149,19 @@ class Rows:
             None if scales is None else scales.reshape(*shape, scales.shape[-1]),
         )
 
+    def flat(self, shape: tuple[int, ...], row_format: RowFormat) -> Rows:
+        """These buffers as flat rows `[R, bytes]`, if a lookup of `shape` rows can fill them.
+
+        Raises:
+            SelectionError: wrong dtype, shape or order, or read-only, with both shapes named.
+        """
+        self.check(shape, row_format)
+        values, scales = self.values, self.scales
+        return Rows(
+            values.reshape(-1, row_format.value_bytes),
+            None if scales is None else scales.reshape(-1, row_format.scale_bytes),
+        )
+
     def check(self, shape: tuple[int, ...], row_format: RowFormat) -> None:
         """Refuse buffers that a lookup of `shape` rows cannot fill.
 
@@ -163,10 +177,11 @@ class Rows:
             raise SelectionError(f"out.scales must be None; {row_format.name} rows have no scales")
         for name, array, width in parts:
             wanted = (*shape, width)
-            if array.dtype != np.uint8 or array.shape != wanted:
+            if array.dtype is not _UINT8 or array.shape != wanted:
                 found = f"{array.dtype} {list(array.shape)}"
                 raise SelectionError(f"out.{name} must be uint8 {list(wanted)}, not {found}")
-            if not (array.flags.c_contiguous and array.flags.writeable):
+            # Set for what is C-contiguous, aligned and writable.
+            if not array.flags.carray:
                 raise SelectionError(f"out.{name} must be C-contiguous and writable")
         if self.scales is not None and np.may_share_memory(self.values, self.scales):
             raise SelectionError("out.values and out.scales overlap; pass buffers of their own")

@@ -90,14 +90,12 @@ class Table:
             ServiceError: the sidecar could not serve.
         """
         selection = self._selection(layers, columns)
-        windows = self.spec.windows(tokens, starts, history, dead)
-        shape = (*windows.shape[:-1], len(selection.layers), len(selection.columns))
+        batch = self.spec.batch(tokens, starts, history, dead)
+        windows = self.spec.batch_windows(batch)
+        shape = (*batch.shape, len(selection.layers), len(selection.columns))
         if out is None:
             out = Rows.empty(shape, self.row_format)
-        else:
-            out.check(shape, self.row_format)
-        windows = windows.reshape(-1, self.spec.max_order)
-        flat = out.reshape((windows.shape[0] * len(selection.layers) * len(selection.columns),))
+        flat = out.flat(shape, self.row_format)
         failed = 1
         try:
             self._tier.lookup(windows, selection, flat)
@@ -132,10 +130,8 @@ class Table:
             )
         if out is None:
             out = Rows.empty(ids.shape, self.row_format)
-        else:
-            out.check(ids.shape, self.row_format)
+        flat = out.flat(ids.shape, self.row_format)
         ids_flat = np.ascontiguousarray(ids, np.int64).reshape(-1)
-        flat = out.reshape((ids_flat.size,))
         places, first = distinct_rows(ids_flat)
         try:
             self._tier.read_rows(position, ids_flat[places], flat, places)

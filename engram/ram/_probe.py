@@ -18,6 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from engram._jit import (
+    add_atomic,
     copy_bytes,
     fence_acquire,
     kernel,
@@ -27,7 +28,6 @@ from engram._jit import (
     load_u32,
     load_u64,
     prefetch,
-    store_relaxed,
     store_u8,
 )
 from engram.ram.layout import (
@@ -37,12 +37,16 @@ from engram.ram.layout import (
     HEAD_TABLE,
     LINE_BYTES,
     TOUCHES_MAX,
+    WORD_HITS,
+    WORD_LOOKUPS,
+    WORD_MISSES,
     unpack_view,
 )
 from engram.store.checks import mix64
 
-GROUP = 16
-"""N-grams in one stage at a time."""
+GROUP = 4
+"""Tokens in one stage at a time."""
+_RING = 4 * GROUP - 1
 _U64 = np.uint64
 
 
@@ -122,27 +126,28 @@ def likely_slot(view, hashed):
 
 @kernel
 def _hash_group(view, windows, order_used, first, last, hashes):
-    """Stage 1 for the n-grams (token * orders + order) in `[first, last)`."""
+    """Stage 1 for tokens `[first, last)`."""
     orders = len(order_used)
-    for n in range(first, last):
-        token, o = n // orders, n % orders
-        if order_used[o]:
-            hashed = ngram_hash(view.seed, windows, token, view.min_order + o)
-            hashes[n % (4 * GROUP)] = hashed
-            prefetch(bucket_of(view, hashed))
+    for token in range(first, last):
+        for o in range(orders):
+            if order_used[o]:
+                hashed = ngram_hash(view.seed, windows, token, view.min_order + o)
+                hashes[(token & _RING) * orders + o] = hashed
+                prefetch(bucket_of(view, hashed))
 
 
 @kernel
 def _find_group(view, order_used, first, last, hashes, slots):
     """Stage 2: `slots`, -1 where there is none, or its order is not used."""
     orders = len(order_used)
-    for n in range(first, last):
-        slot = np.int64(-1)
-        if order_used[n % orders]:
-            slot = likely_slot(view, hashes[n % (4 * GROUP)])
-            if slot >= 0:
-                prefetch(head_of(view, slot))
-        slots[n] = slot
+    for token in range(first, last):
+        for o in range(orders):
+            slot = np.int64(-1)
+            if order_used[o]:
+                slot = likely_slot(view, hashes[(token & _RING) * orders + o])
+                if slot >= 0:
+                    prefetch(head_of(view, slot))
+            slots[token, o] = slot
 
 
 @kernel
@@ -177,10 +182,11 @@ def _touch(view, slot):
 
 
 @kernel
-def count_up(view, word, increment):
-    """Add to a counter of this reader; threads of one reader may lose counts, never tear one."""
-    address = view.counters + word * 8
-    store_relaxed(address, load_relaxed(address) + _U64(increment))
+def _count(view, lookups, hits, misses):
+    """Count what this reader did, exactly, whoever else does."""
+    add_atomic(view.counters + WORD_LOOKUPS * 8, _U64(lookups))
+    add_atomic(view.counters + WORD_HITS * 8, _U64(hits))
+    add_atomic(view.counters + WORD_MISSES * 8, _U64(misses))
 
 
 @kernel
@@ -211,48 +217,45 @@ def copy_hits(
     """
     view = unpack_view(packed_view)
     orders = len(order_used)
-    flat = slots.reshape(-1)
     tokens = max(1, len(windows))
     value_stride = values.size // tokens
     scale_stride = scales.size // tokens
     values_at, scales_at = np.int64(values.ctypes.data), np.int64(scales.ctypes.data)
-    hashes = np.empty(4 * GROUP, np.uint64)
-    begin, end = first_token * orders, last_token * orders
-    misses = 0
-    for stage in range(begin, end + 2 * GROUP, GROUP):
-        if stage < end:
-            _hash_group(view, windows, order_used, stage, min(stage + GROUP, end), hashes)
-        at = stage - GROUP
-        if begin <= at < end:
-            _find_group(view, order_used, at, min(at + GROUP, end), hashes, flat)
-        at -= GROUP
-        if at < begin:
-            continue
-        stop = min(at + GROUP, end)
-        for n in range(at, stop):
-            o = n % orders
-            if n + 1 < stop and flat[n + 1] >= 0:
-                after = (n + 1) % orders
-                _ask_for(view, flat[n + 1], copies, bounds[after], bounds[after + 1])
-            if not order_used[o]:
-                continue
-            token = n // orders
-            slot = flat[n]
-            if slot >= 0 and _copy_slot(
-                view,
-                slot,
-                windows,
-                token,
-                o,
-                copies,
-                bounds,
-                values_at + token * value_stride,
-                scales_at + token * scale_stride,
-            ):
-                _touch(view, slot)
-            else:
-                flat[n] = -1
-                misses += 1
+    hashes = np.empty((_RING + 1) * orders, np.uint64)
+    hits = misses = 0
+    for stage in range(first_token, last_token + 2 * GROUP, GROUP):
+        end = min(stage + GROUP, last_token)
+        _hash_group(view, windows, order_used, stage, end, hashes)
+        first = max(first_token, stage - GROUP)
+        _find_group(view, order_used, first, min(stage, last_token), hashes, slots)
+        for token in range(max(first_token, stage - 2 * GROUP), min(first, last_token)):
+            for o in range(orders):
+                last = o + 1 == orders
+                after, after_o = (token + 1, 0) if last else (token, o + 1)
+                if after < last_token and slots[after, after_o] >= 0:
+                    _ask_for(
+                        view, slots[after, after_o], copies, bounds[after_o], bounds[after_o + 1]
+                    )
+                if not order_used[o]:
+                    continue
+                slot = slots[token, o]
+                if slot >= 0 and _copy_slot(
+                    view,
+                    slot,
+                    windows,
+                    token,
+                    o,
+                    copies,
+                    bounds,
+                    values_at + token * value_stride,
+                    scales_at + token * scale_stride,
+                ):
+                    _touch(view, slot)
+                    hits += 1
+                else:
+                    slots[token, o] = -1
+                    misses += 1
+    _count(view, first_token == 0, hits, misses)
     return misses
 
 
@@ -268,34 +271,36 @@ def probe(packed_view, windows, order_used, slots):
     """
     view = unpack_view(packed_view)
     orders = len(order_used)
-    flat = slots.reshape(-1)
-    end = flat.size
-    hashes = np.empty(4 * GROUP, np.uint64)
-    misses = 0
-    for stage in range(0, end + 2 * GROUP, GROUP):
-        if stage < end:
-            _hash_group(view, windows, order_used, stage, min(stage + GROUP, end), hashes)
-        at = stage - GROUP
-        if 0 <= at < end:
-            _find_group(view, order_used, at, min(at + GROUP, end), hashes, flat)
-        at -= GROUP
-        if at < 0:
-            continue
-        for n in range(at, min(at + GROUP, end)):
-            o = n % orders
-            slot = flat[n]
-            if slot >= 0:
-                head = head_of(view, slot)
-                sequence = load_acquire(head)
-                known = is_key(head, view.table, view.min_order + o, windows, n // orders)
-                fence_acquire()
-                if known and sequence & _U64(1) == 0 and load_relaxed(head) == sequence:
-                    _touch(view, slot)
+    tokens = len(windows)
+    hashes = np.empty((_RING + 1) * orders, np.uint64)
+    hits = misses = 0
+    for stage in range(0, tokens + 2 * GROUP, GROUP):
+        _hash_group(view, windows, order_used, stage, min(stage + GROUP, tokens), hashes)
+        first = max(0, stage - GROUP)
+        _find_group(view, order_used, first, min(stage, tokens), hashes, slots)
+        for token in range(max(0, stage - 2 * GROUP), min(first, tokens)):
+            for o in range(orders):
+                if not order_used[o]:
                     continue
-                flat[n] = -1
-            if order_used[o]:
-                misses += 1
+                slot = slots[token, o]
+                if slot >= 0 and _is_whole(view, slot, windows, token, o):
+                    _touch(view, slot)
+                    hits += 1
+                else:
+                    slots[token, o] = -1
+                    misses += 1
+    _count(view, True, hits, misses)
     return misses
+
+
+@kernel
+def _is_whole(view, slot, windows, token, o):
+    """Whether a slot holds the n-gram now; it stays so only for who holds an epoch."""
+    head = head_of(view, slot)
+    sequence = load_acquire(head)
+    known = is_key(head, view.table, view.min_order + o, windows, token)
+    fence_acquire()
+    return known and sequence & _U64(1) == 0 and load_relaxed(head) == sequence
 
 
 @kernel
@@ -326,7 +331,7 @@ def copy_ngram_hits(
     view = unpack_view(packed_view)
     values_at, scales_at = np.int64(values.ctypes.data), np.int64(scales.ctypes.data)
     missed = np.ones(len(orders), np.uint8)
-    row = 0
+    hits = row = 0
     for n in range(len(orders)):
         o = orders[n] - view.min_order
         start, stop = order_bounds[o], order_bounds[o + 1]
@@ -347,7 +352,9 @@ def copy_ngram_hits(
                 if load_relaxed(head) == sequence:
                     _touch(view, slot)
                     missed[n] = 0
+                    hits += 1
         row += len(layers) * (stop - start)
+    _count(view, True, hits, len(orders) - hits)
     return missed
 
 

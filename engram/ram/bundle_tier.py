@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from engram._counters import Counters
 from engram._failures import Failures
 from engram._ngrams import number_ngrams
 from engram.ram import _probe
@@ -37,7 +36,6 @@ class BundleTier(Tier):
 
     def __init__(self) -> None:
         self._copies: dict[Selection, Copies] = {}
-        self._counters = Counters("lookups", "hits", "misses")
 
     @abstractmethod
     def _view(self) -> Int64s:
@@ -82,8 +80,6 @@ class BundleTier(Tier):
             len(windows),
             slots,
         )
-        wanted = len(windows) * copies.orders_used
-        self._counters.add(lookups=1, hits=wanted - misses, misses=misses)
         if misses:
             self._serve_misses(windows, selection, copies, slots, misses, values, scales)
 
@@ -150,7 +146,6 @@ class BundleTier(Tier):
             view, ngrams.windows, ngrams.orders, *chosen, places, values, scales
         )
         absent = np.flatnonzero(missed)
-        self._counters.add(lookups=1, hits=len(ngrams) - len(absent), misses=len(absent))
         if not len(absent):
             return
         wanted = ngrams.take(absent)
@@ -222,9 +217,6 @@ class BundleTier(Tier):
                 self._copies.clear()
             copies = self._copies[selection] = Copies.of(self.bundle, selection)
         return copies
-
-    def check_integrity(self) -> None:
-        self._counters.check_integrity()
 
 
 def _rows_of(ngrams: Ngrams, which: Int64s, selection: Selection) -> Int64s:

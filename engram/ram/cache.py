@@ -25,7 +25,10 @@ from engram.ram.layout import (
     WORD_EPOCH,
     WORD_FINGERPRINT,
     WORD_HEAD_BYTES,
+    WORD_HITS,
+    WORD_LOOKUPS,
     WORD_MAGIC,
+    WORD_MISSES,
     WORD_SEED,
     WORD_SLABS,
     WORD_SLOT_BYTES,
@@ -96,7 +99,7 @@ class Cache:
             for number in range(len(tables))
         )
         self._slab_addresses = np.array([slab.address for slab in self.slabs], np.int64)
-        self.reader = Memory.private(layout.reader_bytes)
+        self.own_readers = tuple(Memory.private(layout.reader_bytes) for _ in tables)
         self.views = tuple(self._view(number) for number in range(len(tables)))
         self._renew()
         _ALL.add(self)
@@ -139,13 +142,13 @@ class Cache:
             seed=self.seed,
             table=number,
             slabs=self._slab_addresses.ctypes.data,
-            reader=self.reader.address,
+            reader=self.own_readers[number].address,
         )
 
     def _renew(self) -> None:
         """Empty."""
         self.lock = threading.Lock()
-        self._readers = [self.reader]
+        self._readers = list(self.own_readers)
         self._reserved = 0
         slots = self.layout.slots
         ghosts = _fill.GHOST_WAYS * (1 + slots // _fill.GHOST_WAYS)
@@ -239,6 +242,10 @@ class Cache:
             _fill.find_present(self.views[number], ngrams.windows, ngrams.orders, found)
         return found
 
+    def counts(self, number: int) -> dict[str, int]:
+        """Lookups of one table by this process: how many, and n-grams found and not."""
+        return read_counts(self.own_readers[number])
+
     def stats(self) -> dict[str, int]:
         """Slots by place, and counts since the start."""
         with self.lock:
@@ -282,6 +289,16 @@ class Cache:
             linked.append((entries[entries != 0] & 0xFFFFFFFF).astype(np.int64))
         used = np.sort(np.concatenate(queues[:2]))
         assert np.array_equal(np.sort(np.concatenate(linked)), used)
+
+
+def read_counts(reader: Memory) -> dict[str, int]:
+    """What a reader counted."""
+    words = reader.words(WORD_LOOKUPS + 1)
+    return {
+        "lookups": int(words[WORD_LOOKUPS]),
+        "hits": int(words[WORD_HITS]),
+        "misses": int(words[WORD_MISSES]),
+    }
 
 
 def _held(ring: Int32s, head: int, count: int) -> Int32s:

@@ -20,13 +20,11 @@ class Copies:
             token's part of those, bytes.
         bounds: int64 `[orders + 1]`: where each order's pieces begin.
         order_used: bool `[orders]`: whether a column of it is selected.
-        orders_used: how many are.
     """
 
     pieces: Int64s
     bounds: Int64s
     order_used: npt.NDArray[np.bool_]
-    orders_used: int
 
     @classmethod
     def of(cls, bundle: BundleLayout, selection: Selection) -> Copies:
@@ -35,12 +33,10 @@ class Copies:
         for order in range(selection.orders):
             pieces += _merged(_rows(bundle, selection, order))
             bounds.append(len(pieces))
-        order_used = np.diff(selection.order_bounds) > 0
         return cls(
             np.array(pieces, np.int64).reshape(-1, 4),
             np.array(bounds, np.int64),
-            order_used,
-            int(order_used.sum()),
+            np.diff(selection.order_bounds) > 0,
         )
 
 

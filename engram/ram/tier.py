@@ -43,7 +43,7 @@ class RamTier(BundleTier):
         self.name = backing.name
         self.fingerprint = backing.fingerprint
         self.misses = MissPath(backing, cache, number)
-        self._own_epochs = Epochs(cache.reader, cache.directories[number])
+        self._own_epochs = Epochs(cache.own_readers[number], cache.directories[number])
         self._spare: list[Memory] = []
         self._closed = False
 
@@ -89,12 +89,11 @@ class RamTier(BundleTier):
         return {
             "tier": "ram",
             **self.cache.stats(),
-            **self._counters.read(),
+            **self.cache.counts(self.number),
             **self.misses.counters.read(),
         }
 
     def check_integrity(self) -> None:
-        super().check_integrity()
         self.cache.check_integrity()
         self.misses.check_integrity()
         self.backing.check_integrity()
