@@ -153,9 +153,9 @@ class AttachedTier(BundleTier):
             try:
                 reader = attachment.lease.direct()
             except UnavailableError:
-                # Of the one before, if another has come meanwhile.
+                # Closed, if another has taken its place; else there is no file.
                 if attachment is self._attachments.now:
-                    raise
+                    raise lost from None
                 continue
             self._asked.add(read_directly=1)
             return directly(reader)
@@ -202,12 +202,11 @@ class AttachedTier(BundleTier):
             "boot_id": now.lease.boot_id,
             "attached": int(now.usable),
             "reattached": self._attachments.renewals,
-            **self._counters.read(),
+            **now.counts(),
             **self._asked.read(),
         }
 
     def check_integrity(self) -> None:
-        super().check_integrity()
         self._asked.check_integrity()
 
     def close(self) -> None:

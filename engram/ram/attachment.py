@@ -22,6 +22,7 @@ from engram._link import Connection
 from engram._stream import StreamLostError
 from engram.errors import EngramError, SpecMismatchError, UnavailableError
 from engram.ram.attach import Lease
+from engram.ram.cache import read_counts
 from engram.ram.epochs import Epochs
 from engram.ram.fetch import Deliver, Fetcher
 from engram.ram.layout import BundleLayout
@@ -41,6 +42,7 @@ class Attachment:
     Attributes:
         view: as `Lease.view`; keeps the lease's memory alive.
         epochs: of this reader.
+        counted: counts of all attachments before.
 
     Raises:
         ServiceError: the sidecar refuses the stream, or was restarted since the lease began.
@@ -58,6 +60,7 @@ class Attachment:
             raise
         self.view: Int64s = np.asarray(_Kept(lease))
         self.epochs = Epochs(lease.reader, lease.directory)
+        self.counted: dict[str, int] = {}
         self._fetcher = Fetcher(lease, connection.stream)
 
     @property
@@ -84,6 +87,11 @@ class Attachment:
             if not self.stalled:
                 self.end()
             raise
+
+    def counts(self) -> dict[str, int]:
+        """`engram.ram.cache.read_counts` of this attachment and all before."""
+        read = read_counts(self.lease.reader)
+        return {name: count + self.counted.get(name, 0) for name, count in read.items()}
 
     def end(self) -> None:
         """End lease and connection, but keep memory and files; safe to call twice."""
@@ -173,7 +181,9 @@ class Attachments:
 
     def _replace(self, fresh: Attachment) -> None:
         with self._changed:
-            before, self.now = self.now, fresh
+            before = self.now
+            fresh.counted = before.counts()
+            self.now = fresh
             self.other_table = None
             self.renewals += 1
             self._changed.notify_all()

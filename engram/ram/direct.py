@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from engram._failures import Failures
 from engram._jit import copy_bytes, kernel
@@ -108,3 +109,24 @@ def lay_out(  # type: ignore[no-untyped-def]  # noqa: ANN201
                     scale_bytes,
                 )
                 row += 1
+
+
+def lay_out_twin(
+    bundle: BundleLayout, selection: Selection, ngrams: Ngrams, rows: Rows
+) -> npt.NDArray[np.uint8]:
+    """`lay_out` in NumPy: its oracle; uint8 `[N, slot_bytes]`, zero where no row was."""
+    bundles = np.zeros((len(ngrams), bundle.slot_bytes), np.uint8)
+    row = 0
+    for n, order in enumerate(ngrams.orders - selection.min_order):
+        of_order = selection.ordered[slice(*selection.order_bounds[order : order + 2])]
+        for layer in selection.layers:
+            for column in selection.column_array[of_order]:
+                head = column % bundle.heads
+                at = layer * bundle.layer_bytes + head * bundle.value_bytes
+                bundles[n, at : at + bundle.value_bytes] = rows.values[row]
+                if rows.scales is not None:
+                    at = layer * bundle.layer_bytes + bundle.heads * bundle.value_bytes
+                    at += head * bundle.scale_bytes
+                    bundles[n, at : at + bundle.scale_bytes] = rows.scales[row]
+                row += 1
+    return bundles
