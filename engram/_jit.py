@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -219,6 +220,23 @@ def _add_atomic(typingctx: Any, address: Any, increment: Any) -> Any:
     return types.uint64(types.int64, types.uint64), codegen
 
 
+@intrinsic
+def _pause(typingctx: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        name, operands = _PAUSES.get(platform.machine(), (None, []))
+        if name is not None:
+            kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+            builder.call(builder.module.declare_intrinsic(name, (), kind), operands)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+_PAUSES = {
+    "x86_64": ("llvm.x86.sse2.pause", []),
+    "aarch64": ("llvm.aarch64.hint", [ir.Constant(ir.IntType(32), 1)]),
+}
+
 load_relaxed: Any = _atomic_loader("monotonic")
 load_acquire: Any = _atomic_loader("acquire")
 store_relaxed: Any = _atomic_storer("monotonic")
@@ -235,6 +253,9 @@ compare_exchange: Any = _compare_exchange
 
 add_atomic: Any = _add_atomic
 """`add_atomic(address, increment)`: add to the word there; what it was before."""
+
+pause: Any = _pause
+"""`pause()`: tell the processor that this is a loop that waits."""
 
 prefetch: Any = _prefetch
 """Ask the processor for the line at an address; harmless whatever the address."""

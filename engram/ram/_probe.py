@@ -190,39 +190,24 @@ def _count(view, lookups, hits, misses):
 
 
 @kernel
-def copy_hits(
-    packed_view,
+def copy_range(
+    view,
     windows,
     order_used,
-    copies,
+    pieces,
     bounds,
-    values,
-    scales,
+    values_at,
+    value_stride,
+    scales_at,
+    scale_stride,
     first_token,
     last_token,
     slots,
 ):
-    """Copy the rows of all n-grams that are in the RAM tier to their tokens' places.
-
-    Args:
-        windows: int32 `[T, max_order]`.
-        order_used: bool `[orders]`.
-        copies, bounds: of the selection, see `engram.ram.copies`.
-        values, scales: uint8 `[T * layers * columns, bytes]`.
-        first_token, last_token: which tokens to serve.
-        slots: int64 `[T, orders]`, set to -1 for misses and unused orders.
-
-    Returns:
-        Number of misses.
-    """
-    view = unpack_view(packed_view)
+    """`copy_hits` for some of the tokens, into places at addresses."""
     orders = len(order_used)
-    tokens = max(1, len(windows))
-    value_stride = values.size // tokens
-    scale_stride = scales.size // tokens
-    values_at, scales_at = np.int64(values.ctypes.data), np.int64(scales.ctypes.data)
     hashes = np.empty((_RING + 1) * orders, np.uint64)
-    hits = misses = 0
+    misses = 0
     for stage in range(first_token, last_token + 2 * GROUP, GROUP):
         end = min(stage + GROUP, last_token)
         _hash_group(view, windows, order_used, stage, end, hashes)
@@ -230,11 +215,10 @@ def copy_hits(
         _find_group(view, order_used, first, min(stage, last_token), hashes, slots)
         for token in range(max(first_token, stage - 2 * GROUP), min(first, last_token)):
             for o in range(orders):
-                last = o + 1 == orders
-                after, after_o = (token + 1, 0) if last else (token, o + 1)
+                after, after_o = (token + 1, 0) if o + 1 == orders else (token, o + 1)
                 if after < last_token and slots[after, after_o] >= 0:
                     _ask_for(
-                        view, slots[after, after_o], copies, bounds[after_o], bounds[after_o + 1]
+                        view, slots[after, after_o], pieces, bounds[after_o], bounds[after_o + 1]
                     )
                 if not order_used[o]:
                     continue
@@ -245,18 +229,59 @@ def copy_hits(
                     windows,
                     token,
                     o,
-                    copies,
+                    pieces,
                     bounds,
                     values_at + token * value_stride,
                     scales_at + token * scale_stride,
                 ):
                     _touch(view, slot)
-                    hits += 1
                 else:
                     slots[token, o] = -1
                     misses += 1
-    _count(view, first_token == 0, hits, misses)
     return misses
+
+
+@kernel
+def copy_hits(packed_view, windows, order_used, pieces, bounds, values, scales, slots):
+    """Copy the rows of all n-grams that are in the RAM tier to their tokens' places.
+
+    Args:
+        windows: int32 `[T, max_order]`.
+        order_used: bool `[orders]`.
+        pieces, bounds: of the selection, see `engram.ram.copies`.
+        values, scales: uint8 `[T * layers * columns, bytes]`.
+        slots: int64 `[T, orders]`, set to -1 for misses and unused orders.
+
+    Returns:
+        Number of misses.
+    """
+    view = unpack_view(packed_view)
+    tokens = len(windows)
+    misses = copy_range(
+        view,
+        windows,
+        order_used,
+        pieces,
+        bounds,
+        np.int64(values.ctypes.data),
+        values.size // max(1, tokens),
+        np.int64(scales.ctypes.data),
+        scales.size // max(1, tokens),
+        0,
+        tokens,
+        slots,
+    )
+    count_lookup(view, tokens, order_used, misses)
+    return misses
+
+
+@kernel
+def count_lookup(view, tokens, order_used, misses):
+    """Count a lookup of this reader."""
+    wanted = 0
+    for used in order_used:
+        wanted += used
+    _count(view, 1, tokens * wanted - misses, misses)
 
 
 @kernel

@@ -10,7 +10,7 @@ import numpy as np
 
 from engram._failures import Failures
 from engram._ngrams import number_ngrams
-from engram.ram import _probe
+from engram.ram import _crew, _probe
 from engram.ram.copies import Copies
 from engram.ram.epochs import Epochs
 from engram.ram.layout import BundleLayout
@@ -68,18 +68,12 @@ class BundleTier(Tier):
         copies = self._copies_of(selection)
         values, scales = out.values, _NO_SCALES if out.scales is None else out.scales
         slots = np.empty((len(windows), selection.orders), np.int64)
-        misses = _probe.copy_hits(
-            view,
-            windows,
-            copies.order_used,
-            copies.pieces,
-            copies.bounds,
-            values,
-            scales,
-            0,
-            len(windows),
-            slots,
-        )
+        request = (view, windows, copies.order_used, copies.pieces, copies.bounds)
+        misses = -1
+        if values.nbytes >= _crew.WORTHWHILE_BYTES and (helpers := _crew.crew()):
+            misses = _crew.copy_hits_together(helpers, *request, values, scales, slots)
+        if misses < 0:
+            misses = _probe.copy_hits(*request, values, scales, slots)
         if misses:
             self._serve_misses(windows, selection, copies, slots, misses, values, scales)
 

@@ -1,0 +1,286 @@
+# ruff: noqa: ANN001, ANN202 - kernels are typed by what they are called with
+# mypy: ignore-errors
+"""Threads that help to copy large lookups, and cost small ones nothing.
+
+A lookup too small to gain never looks here. A larger one offers its tokens in chunks; whoever is
+free claims the next, the caller too, so it never waits for a helper that has not come. Helpers
+stay awake for a moment after each job, because waking one up takes longer than copying 64 tokens,
+and sleep in the kernel otherwise.
+
+    lock       one lookup at a time has helpers; another that comes meanwhile works alone
+    next       next chunk of the job that is on offer
+    state      of one helper: IDLE, OFFERED (by the caller), AT_WORK (by the helper), QUIT
+
+A helper works on a job only between its own OFFERED -> AT_WORK and its AT_WORK -> IDLE. The caller
+takes back what is still OFFERED and waits for who is AT_WORK, so nobody touches a caller's memory
+after its lookup ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from engram._jit import (
+    add_atomic,
+    compare_exchange,
+    fence_full,
+    kernel,
+    load_acquire,
+    load_relaxed,
+    load_u64,
+    pause,
+    store_relaxed,
+    store_release,
+    store_u64,
+)
+from engram.ram._probe import copy_range, count_lookup
+from engram.ram.layout import unpack_view
+
+CHUNK_TOKENS = 8
+"""Tokens that are claimed at once."""
+WORTHWHILE_BYTES = 1 << 17
+"""Bytes of a lookup from which on help pays."""
+HELPERS_MAX = 3
+_SPINS = 2_000
+_IDLE, _OFFERED, _AT_WORK, _QUIT = (np.uint64(state) for state in range(4))
+"""States of a helper."""
+
+# Words of the crew's memory.
+_LOCK, _NEXT, _HELPERS = 0, 8, 1
+_JOB = 16
+_FIRST_HELPER, _HELPER_WORDS = 32, 8
+_ASLEEP = 1
+
+# Words of a job.
+(
+    _VIEW,
+    _WINDOWS,
+    _TOKENS,
+    _WIDTH,
+    _ORDER_USED,
+    _ORDERS,
+    _PIECES,
+    _PIECE_COUNT,
+    _BOUNDS,
+    _VALUES,
+    _VALUE_STRIDE,
+    _SCALES,
+    _SCALE_STRIDE,
+    _SLOTS,
+    _MISSES,
+) = range(15)
+
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine)
+_FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
+_i64 = types.int64
+_syscall = types.ExternalFunction("syscall", _i64(_i64, _i64, _i64, _i64, _i64))
+"""`syscall` of libc; whole words only, so that being variadic makes no difference."""
+
+
+@intrinsic
+def _as_pointer(typingctx, address):
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), codegen
+
+
+@kernel
+def _job(crew, field):
+    return np.int64(load_u64(crew + (_JOB + field) * 8))
+
+
+@kernel
+def _set_job(crew, field, number):
+    store_u64(crew + (_JOB + field) * 8, np.uint64(number))
+
+
+@kernel
+def _array(crew, field, count, dtype):
+    return numba.carray(_as_pointer(_job(crew, field)), count, dtype)
+
+
+@kernel
+def _work(crew):
+    """Do chunks of the job on offer until none is left; adds its misses to the job's."""
+    view = unpack_view(_array(crew, _VIEW, 32, np.int64))
+    tokens, width, orders, pieces = (
+        _job(crew, _TOKENS),
+        _job(crew, _WIDTH),
+        _job(crew, _ORDERS),
+        _job(crew, _PIECE_COUNT),
+    )
+    windows = _array(crew, _WINDOWS, tokens * width, np.int32).reshape(tokens, width)
+    order_used = _array(crew, _ORDER_USED, orders, np.bool_)
+    copies = _array(crew, _PIECES, pieces * 4, np.int64).reshape(pieces, 4)
+    bounds = _array(crew, _BOUNDS, orders + 1, np.int64)
+    slots = _array(crew, _SLOTS, tokens * orders, np.int64).reshape(tokens, orders)
+    misses = 0
+    while True:
+        first = np.int64(add_atomic(crew + _NEXT * 8, np.uint64(CHUNK_TOKENS)))
+        if first >= tokens:
+            break
+        misses += copy_range(
+            view,
+            windows,
+            order_used,
+            copies,
+            bounds,
+            _job(crew, _VALUES),
+            _job(crew, _VALUE_STRIDE),
+            _job(crew, _SCALES),
+            _job(crew, _SCALE_STRIDE),
+            first,
+            min(first + CHUNK_TOKENS, tokens),
+            slots,
+        )
+    add_atomic(crew + (_JOB + _MISSES) * 8, np.uint64(misses))
+
+
+@kernel
+def help_out(crew, helper):
+    """What a helper does for all its life."""
+    state = crew + (_FIRST_HELPER + helper * _HELPER_WORDS) * 8
+    asleep = state + _ASLEEP * 8
+    spins = 0
+    while True:
+        now = load_acquire(state)
+        if now == _QUIT:
+            return
+        if now == _OFFERED:
+            if compare_exchange(state, _OFFERED, _AT_WORK):
+                _work(crew)
+                compare_exchange(state, _AT_WORK, _IDLE)
+            spins = 0
+        elif spins < _SPINS:
+            spins += 1
+            pause()
+        else:
+            # The kernel compares the state once more before it puts this thread to sleep, and
+            # who offers looks whether to wake it only after it has changed the state.
+            store_relaxed(asleep, np.uint64(1))
+            fence_full()
+            _syscall(_FUTEX, state, _FUTEX_WAIT_PRIVATE, np.int64(_IDLE), 0)
+            store_relaxed(asleep, np.uint64(0))
+            spins = 0
+
+
+@kernel
+def _offer(crew):
+    for helper in range(np.int64(load_relaxed(crew + _HELPERS * 8))):
+        state = crew + (_FIRST_HELPER + helper * _HELPER_WORDS) * 8
+        if compare_exchange(state, _IDLE, _OFFERED):
+            fence_full()
+            if load_relaxed(state + _ASLEEP * 8):
+                _syscall(_FUTEX, state, _FUTEX_WAKE_PRIVATE, 1, 0)
+
+
+@kernel
+def _take_back(crew):
+    """Nobody touches the job's memory any more once this returns."""
+    for helper in range(np.int64(load_relaxed(crew + _HELPERS * 8))):
+        state = crew + (_FIRST_HELPER + helper * _HELPER_WORDS) * 8
+        if not compare_exchange(state, _OFFERED, _IDLE):
+            while load_acquire(state) == _AT_WORK:
+                pause()
+
+
+@kernel
+def copy_hits_together(
+    crew, packed_view, windows, order_used, pieces, bounds, values, scales, slots
+):
+    """`copy_hits` with the help of the crew at an address; -1 if it is busy: nothing was done."""
+    if not compare_exchange(crew + _LOCK * 8, np.uint64(0), np.uint64(1)):
+        return -1
+    tokens = len(windows)
+    _set_job(crew, _VIEW, packed_view.ctypes.data)
+    _set_job(crew, _WINDOWS, windows.ctypes.data)
+    _set_job(crew, _TOKENS, tokens)
+    _set_job(crew, _WIDTH, windows.shape[1])
+    _set_job(crew, _ORDER_USED, order_used.ctypes.data)
+    _set_job(crew, _ORDERS, len(order_used))
+    _set_job(crew, _PIECES, pieces.ctypes.data)
+    _set_job(crew, _PIECE_COUNT, len(pieces))
+    _set_job(crew, _BOUNDS, bounds.ctypes.data)
+    _set_job(crew, _VALUES, values.ctypes.data)
+    _set_job(crew, _VALUE_STRIDE, values.size // tokens)
+    _set_job(crew, _SCALES, scales.ctypes.data)
+    _set_job(crew, _SCALE_STRIDE, scales.size // tokens)
+    _set_job(crew, _SLOTS, slots.ctypes.data)
+    _set_job(crew, _MISSES, 0)
+    store_relaxed(crew + _NEXT * 8, np.uint64(0))
+    _offer(crew)
+    _work(crew)
+    _take_back(crew)
+    misses = _job(crew, _MISSES)
+    store_release(crew + _LOCK * 8, np.uint64(0))
+    count_lookup(unpack_view(packed_view), tokens, order_used, misses)
+    return misses
+
+
+class Crew:
+    """The helpers of this process; made when first needed, anew after a fork."""
+
+    def __init__(self, helpers: int) -> None:
+        self._words = np.zeros(_FIRST_HELPER + _HELPER_WORDS * (helpers + 1) + 8, np.uint64)
+        # Words of a line of their own each: from a multiple of 64 on.
+        self.address = -(-self._words.ctypes.data // 64) * 64
+        self._words[(self.address - self._words.ctypes.data) // 8 + _HELPERS] = helpers
+        self._threads = [
+            threading.Thread(
+                target=help_out, args=(self.address, helper), name="engram-copy", daemon=True
+            )
+            for helper in range(helpers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def quit(self) -> None:
+        """End the helpers: compiled code is gone once the interpreter ends."""
+        for helper in range(len(self._threads)):
+            _dismiss(self.address, helper)
+        for thread in self._threads:
+            thread.join(timeout=1.0)
+
+
+@kernel
+def _dismiss(crew, helper):
+    state = crew + (_FIRST_HELPER + helper * _HELPER_WORDS) * 8
+    store_release(state, _QUIT)
+    _syscall(_FUTEX, state, _FUTEX_WAKE_PRIVATE, 1, 0)
+
+
+_crew: Crew | None = None
+_making = threading.Lock()
+
+
+def crew() -> int:
+    """Address of this process's crew, or 0 if it has none."""
+    global _crew  # noqa: PLW0603 - one for the process, whatever it opens
+    if _crew is None:
+        with _making:
+            if _crew is None:
+                spare = len(os.sched_getaffinity(0)) - 1
+                _crew = Crew(min(HELPERS_MAX, spare) if _FUTEX else 0)
+                if _crew._threads:
+                    atexit.register(_crew.quit)
+    return _crew.address if _crew._threads else 0
+
+
+def _forget() -> None:
+    # Its threads are the parent's.
+    global _crew, _making
+    if _crew is not None:
+        atexit.unregister(_crew.quit)
+    _crew, _making = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
