@@ -1,4 +1,4 @@
-"""The attach socket: hands shared memory to clients, and holds their leases.
+"""Attach sockets: hand shared memory to clients, and hold their leases.
 
 A lease is an open connection. One thread waits for new connections and for the end of leases. A
 new connection gets a thread of its own until its lease holds, a few seconds at most, so that one
@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,28 +41,28 @@ _log = logging.getLogger("engram.service")
 
 
 class AttachServer:
-    """Serves the attach socket that belongs to the gRPC socket at `path`, which must be claimed.
+    """Serves the attach sockets that belong to gRPC sockets.
 
     Args:
+        paths: of the gRPC sockets, which must be claimed.
         tiers: by the name under which each is served; their caches share memory.
         files: opens the files of tables that clients may read directly, by name.
         uids: users that may attach, besides this process's own and root.
         leases_max: clients attached at once.
 
     Raises:
-        ConfigError: the socket cannot be had.
+        ConfigError: a socket cannot be had.
     """
 
     def __init__(
         self,
-        path: Path,
+        paths: Iterable[Path],
         tiers: Mapping[str, RamTier],
         files: Mapping[str, OpenFiles],
         *,
         uids: Collection[int] = (),
         leases_max: int = LEASES_MAX,
     ) -> None:
-        self.path = attach_path(path)
         self._uids = {os.geteuid(), 0, *uids}
         self._leases_max = leases_max
         self._handshake = Handshake(tiers, files)
@@ -73,11 +73,16 @@ class AttachServer:
         self._handshakes: dict[threading.Thread, socket.socket] = {}
         self._counts: Counter[str] = Counter()
         self._draining = self._stopped = self._exhausted = False
-        self._listener = _listen(self.path)
+        self._listeners: dict[int, socket.socket] = {}
         self._poll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        for descriptor in (self._listener.fileno(), self._wake):
-            self._poll.register(descriptor, select.EPOLLIN)
+        self._poll.register(self._wake, select.EPOLLIN)
+        try:
+            for path in paths:
+                self._listen(attach_path(path))
+        except BaseException:
+            self._close_sockets()
+            raise
         self._thread = threading.Thread(target=self._serve, name="engram-attach", daemon=True)
 
     def start(self) -> None:
@@ -100,7 +105,7 @@ class AttachServer:
         self._draining = True
 
     def stop(self) -> None:
-        """End all leases and free the socket. Safe to call twice."""
+        """End all leases and free the sockets. Safe to call twice."""
         with self._lock:
             if self._stopped:
                 return
@@ -116,22 +121,31 @@ class AttachServer:
             thread.join()
         for descriptor in list(self._held):
             self._end(descriptor, "ended_stopped")
+        self._close_sockets()
+
+    def _listen(self, path: Path) -> None:
+        listener = _listener(path)
+        self._listeners[listener.fileno()] = listener
+        self._poll.register(listener, select.EPOLLIN)
+
+    def _close_sockets(self) -> None:
         self._poll.close()
         os.close(self._wake)
-        self._listener.close()
-        self.path.unlink(missing_ok=True)
+        for listener in self._listeners.values():
+            Path(listener.getsockname()).unlink(missing_ok=True)
+            listener.close()
 
     def _serve(self) -> None:
         while not self._stopped:
             for descriptor, _ in self._poll.poll():
-                if descriptor == self._listener.fileno():
-                    self._accept()
+                if descriptor in self._listeners:
+                    self._accept(self._listeners[descriptor])
                 elif descriptor != self._wake:
                     self._end(descriptor, self._why_ended(descriptor))
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            connection, _ = self._listener.accept()
+            connection, _ = listener.accept()
         except BlockingIOError:
             return
         except OSError as error:
@@ -233,7 +247,7 @@ class AttachServer:
             self._counts["refused"] += refused
 
 
-def _listen(path: Path) -> socket.socket:
+def _listener(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Only a dead server can have left it there: the path is claimed.

@@ -1,6 +1,8 @@
 """What the sidecar is told: a TOML file, then ENGRAM_* variables, then flags; the last one wins.
 
     listen = ["unix:/run/engram/engram.sock", "tcp:127.0.0.1:7070"]
+    ram = "8GiB"                # of all tables' RAM tier; a quarter of what is allowed if left out
+    attach_uids = [1001]        # users that may attach to it, besides the sidecar's own and root
 
     [[table]]
     name = "qwen"
@@ -15,11 +17,12 @@
     request_rows = 1048576      # rows that one request may ask for
     request_bytes = "16MiB"     # size of one request
     streams = 64                # clients connected at once
+    leases = 64                 # clients attached to the RAM tier at once
     drain_seconds = 30.0        # time that running requests get after SIGTERM
 
-Variables: ENGRAM_LISTEN (addresses, comma-separated), ENGRAM_TABLE (NAME=PATH, comma-separated),
-ENGRAM_TLS_<key> and ENGRAM_LIMITS_<key>. Tables add up, by name; lists of addresses replace one
-another.
+Variables: ENGRAM_LISTEN (addresses), ENGRAM_TABLE (NAME=PATH) and ENGRAM_ATTACH_UIDS, each
+comma-separated; ENGRAM_RAM, ENGRAM_TLS_<key> and ENGRAM_LIMITS_<key>. Tables add up, by name;
+other lists replace one another.
 """
 
 from __future__ import annotations
@@ -38,12 +41,14 @@ from engram.service.sockets import Address, parse_address
 from engram.sizes import parse_size
 
 _SECTIONS = ("tls", "limits")
+_LISTS = {"ENGRAM_LISTEN": "listen", "ENGRAM_ATTACH_UIDS": "attach_uids"}
 # Not settings: where compiled code is kept, and what Kubernetes sets for a Service named engram.
 _NOT_OURS = re.compile(
     r"ENGRAM_(CACHE_DIR|(.+_)?SERVICE_(HOST|PORT)(_.*)?|PORT(_.*)?|.+_PORT(_.*)?)"
 )
 
 Size = Annotated[int, BeforeValidator(lambda given: _in_pydantic(parse_size, given))]
+Uid = Annotated[int, Field(ge=0, lt=2**32 - 1)]
 Listen = Annotated[Address, BeforeValidator(lambda given: _in_pydantic(parse_address, given))]
 
 
@@ -79,6 +84,7 @@ class Limits(_Frozen):
     request_rows: int = Field(default=1 << 20, ge=1 << 10, le=1 << 24)
     request_bytes: Size = Field(default=16 << 20, ge=1 << 20, le=1 << 30)
     streams: int = Field(default=64, ge=1, le=1024)
+    leases: int = Field(default=64, ge=1, le=1024)
     drain_seconds: float = Field(default=30.0, ge=0.0, le=3600.0)
 
 
@@ -87,8 +93,15 @@ class Config(_Frozen):
 
     listen: tuple[Listen, ...] = Field(min_length=1)
     table: tuple[TableConfig, ...] = Field(min_length=1)
+    ram: Size | None = None
+    attach_uids: tuple[Uid, ...] = ()
     tls: TlsConfig | None = None
     limits: Limits = Limits()
+
+    @property
+    def sockets(self) -> tuple[Path, ...]:
+        """Paths of the Unix sockets to listen on."""
+        return tuple(address.path for address in self.listen if address.path is not None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -113,6 +126,7 @@ def load_config(
     *,
     tables: Sequence[str] = (),
     listen: Sequence[str] = (),
+    ram: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Config:
     """Read the file, then the variables, then the flags.
@@ -121,6 +135,7 @@ def load_config(
         path: TOML file; None for none.
         tables: flags, NAME=PATH each.
         listen: flags, addresses.
+        ram: flag, a size.
         environment: `os.environ` when None.
 
     Raises:
@@ -128,7 +143,9 @@ def load_config(
     """
     fields = _read_file(path) if path is not None else {}
     _add(fields, *_from_environment(os.environ if environment is None else environment))
-    _add(fields, {"listen": list(listen)} if listen else {}, [_table(flag) for flag in tables])
+    flags: dict[str, Any] = {"listen": list(listen)} if listen else {}
+    flags |= {} if ram is None else {"ram": ram}
+    _add(fields, flags, [_table(flag) for flag in tables])
     for needed, flag in (("table", "--table NAME=PATH"), ("listen", "--listen unix:PATH")):
         if not fields.get(needed):
             raise ConfigError(f"nothing to serve: no {needed} is given; add {flag}")
@@ -164,8 +181,10 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], l
         items = [item.strip() for item in value.split(",") if item.strip()]
         if section in _SECTIONS and key:
             fields.setdefault(section, {})[key] = value
-        elif section == "listen" and not key:
-            fields["listen"] = items
+        elif variable in _LISTS:
+            fields[_LISTS[variable]] = items
+        elif section == "ram" and not key:
+            fields["ram"] = value
         elif section == "table" and not key:
             tables = [_table(item) for item in items]
         else:

@@ -7,6 +7,8 @@ that a second sidecar fails at once and touches nothing.
 from __future__ import annotations
 
 import logging
+import resource
+import secrets
 import signal
 import sys
 import threading
@@ -26,11 +28,17 @@ from engram._channel import read_pem
 from engram.errors import ConfigError, RowIntegrityError
 from engram.proto.v1 import engram_pb2 as pb
 from engram.proto.v1.engram_pb2_grpc import add_EngramServicer_to_server
+from engram.ram.limits import DEFAULT_SHARE, check_budget, memory_allowed
+from engram.ram.tier import RamTier, ram_tiers
 from engram.rows import Rows
+from engram.service._fetch import Leases
+from engram.service._handshake import OpenFiles
+from engram.service.attach import AttachServer
 from engram.service.config import Config, Limits, TlsConfig
 from engram.service.servicer import Servicer
 from engram.service.sockets import Address, SocketClaim, require_free_port, socket_mode
 from engram.sizes import format_size
+from engram.ssd import SsdTier
 from engram.tiers import Ngrams, Selection, Tier
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Engram"].full_name
@@ -51,6 +59,8 @@ class Server:
         listen: where; Unix paths must be claimed (`SocketClaim`).
         limits: what clients may ask for.
         tls: for TCP addresses; None for plaintext.
+        leases: of clients that attached; None where none can.
+        boot_id: of the tiers' shared memory; made when None.
 
     Raises:
         ConfigError: an address cannot be had.
@@ -62,6 +72,9 @@ class Server:
         listen: tuple[Address, ...],
         limits: Limits | None = None,
         tls: TlsConfig | None = None,
+        *,
+        leases: Leases | None = None,
+        boot_id: str | None = None,
     ) -> None:
         self._limits = limits = limits or Limits()
         self._names = tuple(tiers)
@@ -76,7 +89,14 @@ class Server:
                 ("grpc.so_reuseport", 0),
             ),
         )
-        self.servicer = Servicer(tiers, limits.request_rows, limits.request_bytes, limits.streams)
+        self.servicer = Servicer(
+            tiers,
+            limits.request_rows,
+            limits.request_bytes,
+            limits.streams,
+            leases=leases,
+            boot_id=boot_id,
+        )
         add_EngramServicer_to_server(self.servicer, self._grpc)  # type: ignore[no-untyped-call]
         self._health = health.HealthServicer(experimental_non_blocking=True)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -157,8 +177,6 @@ def warm(tier: Tier) -> None:
 
 def open_table(path: Path) -> Tier:
     """The SSD tier of the table at `path`, its map guarded against I/O errors."""
-    from engram.ssd import SsdTier
-
     return SsdTier(path, guard=True)
 
 
@@ -169,7 +187,7 @@ def run(config: Config, open_tier: Callable[[Path], Tier] = open_table) -> int:
         open_tier: makes the tier of a table from its path.
 
     Raises:
-        ConfigError: an address or file cannot be used.
+        ConfigError: an address or file cannot be used, or there is not enough memory.
         StoreError: a table cannot be opened.
     """
     stopping = threading.Event()
@@ -181,21 +199,79 @@ def run(config: Config, open_tier: Callable[[Path], Tier] = open_table) -> int:
         signal.signal(number, stop)
     logging.basicConfig(stream=sys.stderr, format="engram: %(levelname)s: %(message)s")
     with ExitStack() as held:
-        for address in config.listen:
-            if address.path is not None:
-                held.callback(SocketClaim(address.path).release)
-        tiers: dict[str, Tier] = {}
-        for table in config.table:
-            tiers[table.name] = tier = open_tier(table.path)
-            held.callback(tier.close)
-            warm(tier)
-        server = Server(tiers, config.listen, config.limits, config.tls)
-        held.callback(server.stop)
-        server.start()
-        _say(f"serving {_listing(tiers)} on {', '.join(map(str, server.addresses))}; ready")
+        ram, said = _ram(config)
+        _allow_many_files()
+        for path in config.sockets:
+            held.callback(SocketClaim(path).release)
+        _say(f"serving {_start(config, ram, open_tier, held)}; {said}; ready")
         stopping.wait()
         _say("stopping; running requests are finished first")
     return 0
+
+
+def _ram(config: Config) -> tuple[int, str]:
+    """Bytes of the RAM tier, and words for them.
+
+    Raises:
+        ConfigError: this machine cannot give so much.
+    """
+    allowed = memory_allowed()
+    ram = allowed // DEFAULT_SHARE if config.ram is None else config.ram
+    check_budget(ram)
+    why = f", a quarter of the {format_size(allowed)} that this process may have"
+    return ram, f"RAM tier {format_size(ram)}{why if config.ram is None else ''}"
+
+
+def _open_tables(
+    config: Config,
+    ram: int,
+    boot_id: bytes,
+    open_tier: Callable[[Path], Tier],
+    held: ExitStack,
+) -> tuple[dict[str, RamTier], dict[str, OpenFiles]]:
+    """RAM tiers above all tables, and how to open the files of those that have one."""
+    opened: dict[str, Tier] = {}
+    for table in config.table:
+        opened[table.name] = open_tier(table.path)
+        held.callback(opened[table.name].close)
+    tiers = ram_tiers(opened, ram, shared=bool(config.sockets), boot_id=boot_id)
+    for tier in tiers.values():
+        held.callback(tier.close)
+        warm(tier)
+    return tiers, {name: tier.files for name, tier in opened.items() if isinstance(tier, SsdTier)}
+
+
+def _start(config: Config, ram: int, open_tier: Callable[[Path], Tier], held: ExitStack) -> str:
+    """Open and serve everything; what must be stopped and closed is `held`. What is served."""
+    boot_id = secrets.token_bytes(16)
+    tiers, files = _open_tables(config, ram, boot_id, open_tier, held)
+    attach = AttachServer(
+        config.sockets,
+        tiers,
+        files,
+        uids=config.attach_uids,
+        leases_max=config.limits.leases,
+    )
+    held.callback(attach.stop)
+    server = Server(
+        tiers,
+        config.listen,
+        config.limits,
+        config.tls,
+        leases=attach.lease if config.sockets else None,
+        boot_id=boot_id.hex(),
+    )
+    held.callback(server.stop)
+    held.callback(attach.drain)
+    server.start()
+    attach.start()
+    return f"{_listing(tiers)} on {', '.join(map(str, server.addresses))}"
+
+
+def _allow_many_files() -> None:
+    """Every slab of the RAM tier is a descriptor, and every client some: take all there may be."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listing(tiers: Mapping[str, Tier]) -> str:

@@ -1,8 +1,9 @@
 """Addresses to listen on, and who owns a Unix socket's path.
 
 gRPC binds a Unix path whoever holds it: a second server would take it over without a word. So
-whoever serves a path holds a lock on `PATH.lock` first, as long as it lives. The lock file stays
-when the server ends: removing it would let two servers lock two files of one name.
+whoever serves PATH, and PATH.attach beside it, holds a lock on `PATH.lock` first, as long as it
+lives. The lock file stays when the server ends: removing it would let two servers lock two files
+of one name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from engram._channel import SOCKET_PATH_BYTES_MAX, is_loopback, split_port
 from engram.errors import ConfigError
+from engram.ram.frames import attach_path
 
 SOCKET_MODE = 0o660
 
@@ -58,9 +60,10 @@ def parse_address(text: str | Address) -> Address:
     if kind != "unix" or not rest:
         raise ConfigError(f"{text!r} is no address to listen on; use unix:PATH or tcp:HOST:PORT")
     path = Path(os.path.abspath(rest))
-    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+    longest = attach_path(path)
+    if len(os.fsencode(longest)) > SOCKET_PATH_BYTES_MAX:
         raise ConfigError(
-            f"{path} has {len(os.fsencode(path))} bytes, but a socket's path at most "
+            f"{longest} has {len(os.fsencode(longest))} bytes, but a socket's path at most "
             f"{SOCKET_PATH_BYTES_MAX}; use a shorter one"
         )
     return Address(path)
@@ -106,7 +109,7 @@ def _try_bind(family: int, place: tuple[Any, ...]) -> OSError | None:
 
 
 class SocketClaim:
-    """The right to serve a path, from construction to `release`.
+    """The right to serve a path and its attach socket, from construction to `release`.
 
     Raises:
         ConfigError: another server has it, something else is there, or the directory is missing
@@ -119,15 +122,20 @@ class SocketClaim:
             raise ConfigError(f"{path.parent} does not exist; create it, or listen elsewhere")
         self._lock = _lock(path)
         try:
-            _require_free(path)
+            for each in self._sockets():
+                _require_free(each)
         except BaseException:
             os.close(self._lock)
             raise
 
     def release(self) -> None:
-        """Remove the socket and let others have the path."""
-        self.path.unlink(missing_ok=True)
+        """Remove the sockets and let others have the path."""
+        for each in self._sockets():
+            each.unlink(missing_ok=True)
         os.close(self._lock)
+
+    def _sockets(self) -> tuple[Path, Path]:
+        return self.path, attach_path(self.path)
 
 
 @contextmanager

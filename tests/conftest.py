@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from engram.store.synth import SyntheticSource
 from engram.store.writer import build_table
 
 SMALL_EXTENT_BLOCKS = 16
+
+# Sidecars started by commands would take a quarter of the machine each.
+os.environ.setdefault("ENGRAM_RAM", "16MiB")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Sidecar processes for tests: over tables on disk, or over the plain model with faults.
 
-As a program it is a sidecar itself: `python sidecars.py JSON` with {"listen", "tables", "limits"},
-where a table is a directory or a dict of `Model` fields.
+As a program it is a sidecar itself: `python sidecars.py JSON` with {"listen", "tables", "ram",
+"tls", "limits"}, where a table is a directory or a dict of `Model` fields.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ START_SECONDS_MAX = 60
 class Sidecar:
     """A running process; `address` is where to connect."""
 
-    def __init__(self, socket: Path, tables: dict, *, listen=(), tls=None, **limits):
+    def __init__(self, socket: Path, tables: dict, *, listen=(), tls=None, ram="4MiB", **limits):
         self.socket = socket
         self.address = f"unix:{socket}"
         self.told = {
             "listen": [self.address, *listen],
             "tables": tables,
             "tls": tls,
+            "ram": ram,
             "limits": limits,
         }
         self.start()
@@ -113,6 +114,7 @@ def main(told: dict) -> int:
                 for name, table in told["tables"].items()
             ],
             "tls": told["tls"],
+            "ram": told["ram"],
             "limits": told["limits"],
         }
     )

@@ -21,15 +21,22 @@ def register(app: typer.Typer) -> None:
             help="unix:PATH, or tcp:HOST:PORT; may be repeated.",
             metavar="ADDRESS",
         ),
+        ram: str | None = typer.Option(
+            None,
+            help="Memory for what is read often, like 8GiB; a quarter of what this process may "
+            "have if left out, 0 for none.",
+            metavar="SIZE",
+        ),
     ) -> None:
         """Serve tables to the model processes of this host until SIGTERM.
 
         Example: engram serve --table qwen=/srv/engram/qwen --listen unix:/run/engram/engram.sock
+        --ram 8GiB
         """
         from engram.cli._output import announce_compilation
         from engram.service.config import load_config
         from engram.service.server import run
 
-        settings = load_config(config, tables=table, listen=listen)
+        settings = load_config(config, tables=table, listen=listen, ram=ram)
         announce_compilation()
         raise typer.Exit(run(settings))
