@@ -166,7 +166,8 @@ class RequestStream:
             reason = ServiceError(f"the stream to {self._target} broke: {error!r}; connect again")
         self._end(reason)
         self._answered.set()
-        self._on_end()
+        on_end, self._on_end = self._on_end, _nothing
+        on_end()
 
     def _deliver(self, reply: Any) -> None:
         if reply.draining:
@@ -200,6 +201,10 @@ class RequestStream:
             each.arrived.put(_copy(reason))
         for then in late.values():
             then(reason)
+
+
+def _nothing() -> None:
+    """What a stream calls that has ended: it keeps nothing alive any more."""
 
 
 def _copy(error: EngramError) -> EngramError:

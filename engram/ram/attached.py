@@ -145,7 +145,8 @@ class AttachedTier(BundleTier):
                     self._attachments.lost()
                 if self._on_unavailable == "fail":
                     raise
-                lost = error
+                # Kept whole it would keep this frame, and with it a table's open file.
+                lost = str(error)
             if self._on_unavailable == "wait":
                 self._asked.add(waits=1)
                 self._attachments.wait(deadline, lost)
@@ -155,7 +156,7 @@ class AttachedTier(BundleTier):
             except UnavailableError:
                 # Closed, if another has taken its place; else there is no file.
                 if attachment is self._attachments.now:
-                    raise lost from None
+                    raise UnavailableError(lost) from None
                 continue
             self._asked.add(read_directly=1)
             return directly(reader)

@@ -191,11 +191,12 @@ class Attachments:
         if self._closing.is_set():
             fresh.close()
 
-    def wait(self, deadline: float, error: UnavailableError) -> None:
+    def wait(self, deadline: float, lost: str) -> None:
         """Wait until there is an attachment that answers.
 
         Args:
-            deadline: by `time.monotonic`; `error` is raised then.
+            deadline: by `time.monotonic`.
+            lost: what an error in the end says.
 
         Raises:
             UnavailableError: there is none in time.
@@ -213,7 +214,7 @@ class Attachments:
                 if left <= 0:
                     break
                 self._changed.wait(min(RETRY_S, left))
-        raise UnavailableError(str(error))
+        raise UnavailableError(lost)
 
     def close(self) -> None:
         """End the attachment and its renewal; safe to call twice."""
