@@ -13,9 +13,10 @@ import numpy.typing as npt
 from engram._counters import Counters
 from engram._ngrams import copy_repeated_rows, distinct_ngrams, distinct_rows
 from engram.errors import RowIntegrityError, SelectionError
-from engram.ram.budget import ram_budget
+from engram.ram.limits import DEFAULT_SHARE, check_budget, memory_allowed
 from engram.ram.tier import ram_tiers
 from engram.rows import RowFormat, Rows
+from engram.sizes import parse_size
 from engram.spec import NgramSpec
 from engram.ssd import SsdTier
 from engram.tiers import Ngrams, Prefetch, Selection, Tier
@@ -233,7 +234,11 @@ def open(
         CorruptTableError: its structure is damaged.
         ConfigError: `ram` is no size, or more than this process may use.
     """
-    budget = ram_budget(ram, most=RAM_BYTES_DEFAULT)
+    if ram is None:
+        budget = min(RAM_BYTES_DEFAULT, memory_allowed() // DEFAULT_SHARE)
+    else:
+        budget = parse_size(ram)
+        check_budget(budget)
     tier = SsdTier(path, guard=guard)
     try:
         (ram_tier,) = ram_tiers({tier.name: tier}, budget, shared=False).values()

@@ -1,7 +1,7 @@
 """What the sidecar is told: a TOML file, then ENGRAM_* variables, then flags; the last one wins.
 
     listen = ["unix:/run/engram/engram.sock", "tcp:127.0.0.1:7070"]
-    ram = "8GiB"                # of all tables' RAM tier; a quarter of what is allowed if left out
+    ram = "8GiB"                # of all tables; if left out a quarter of what is allowed, or less
     attach_uids = [1001]        # users that may attach to it, besides the sidecar's own and root
 
     [[table]]

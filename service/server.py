@@ -199,52 +199,57 @@ def run(config: Config, open_tier: Callable[[Path], Tier] = open_table) -> int:
         signal.signal(number, stop)
     logging.basicConfig(stream=sys.stderr, format="engram: %(levelname)s: %(message)s")
     with ExitStack() as held:
-        ram, said = _ram(config)
         _allow_many_files()
         for path in config.sockets:
             held.callback(SocketClaim(path).release)
-        _say(f"serving {_start(config, ram, open_tier, held)}; {said}; ready")
+        _say(f"serving {_start(config, open_tier, held)}; ready")
         stopping.wait()
         _say("stopping; running requests are finished first")
     return 0
 
 
-def _ram(config: Config) -> tuple[int, str]:
+def _ram(config: Config, opened: Mapping[str, Tier]) -> tuple[int, str]:
     """Bytes of the RAM tier, and words for them.
 
     Raises:
         ConfigError: this machine cannot give so much.
     """
-    allowed = memory_allowed()
-    ram = allowed // DEFAULT_SHARE if config.ram is None else config.ram
+    if config.ram is not None:
+        ram, why = config.ram, ""
+    else:
+        allowed, tables = memory_allowed(), sum(map(_table_bytes, opened.values()))
+        ram, why = allowed // DEFAULT_SHARE, f", a quarter of the {format_size(allowed)} allowed"
+        if tables < ram:
+            ram, why = tables, ", as large as the tables"
     check_budget(ram)
-    why = f", a quarter of the {format_size(allowed)} that this process may have"
-    return ram, f"RAM tier {format_size(ram)}{why if config.ram is None else ''}"
+    return ram, f"RAM tier {format_size(ram)}{why}"
 
 
 def _open_tables(
     config: Config,
-    ram: int,
     boot_id: bytes,
     open_tier: Callable[[Path], Tier],
     held: ExitStack,
-) -> tuple[dict[str, RamTier], dict[str, OpenFiles]]:
-    """RAM tiers above all tables, and how to open the files of those that have one."""
+) -> tuple[dict[str, RamTier], dict[str, OpenFiles], str]:
+    """RAM tiers above all tables, how to open the files of those that have one, and the RAM tier
+    in words."""
     opened: dict[str, Tier] = {}
     for table in config.table:
         opened[table.name] = open_tier(table.path)
         held.callback(opened[table.name].close)
+    ram, said = _ram(config, opened)
     tiers = ram_tiers(opened, ram, shared=bool(config.sockets), boot_id=boot_id)
     for tier in tiers.values():
         held.callback(tier.close)
         warm(tier)
-    return tiers, {name: tier.files for name, tier in opened.items() if isinstance(tier, SsdTier)}
+    files = {name: tier.files for name, tier in opened.items() if isinstance(tier, SsdTier)}
+    return tiers, files, said
 
 
-def _start(config: Config, ram: int, open_tier: Callable[[Path], Tier], held: ExitStack) -> str:
+def _start(config: Config, open_tier: Callable[[Path], Tier], held: ExitStack) -> str:
     """Open and serve everything; what must be stopped and closed is `held`. What is served."""
     boot_id = secrets.token_bytes(16)
-    tiers, files = _open_tables(config, ram, boot_id, open_tier, held)
+    tiers, files, ram = _open_tables(config, boot_id, open_tier, held)
     attach = AttachServer(
         config.sockets,
         tiers,
@@ -265,7 +270,7 @@ def _start(config: Config, ram: int, open_tier: Callable[[Path], Tier], held: Ex
     held.callback(attach.drain)
     server.start()
     attach.start()
-    return f"{_listing(tiers)} on {', '.join(map(str, server.addresses))}"
+    return f"{_listing(tiers)} on {', '.join(map(str, server.addresses))}; {ram}"
 
 
 def _allow_many_files() -> None:
@@ -276,10 +281,14 @@ def _allow_many_files() -> None:
 
 def _listing(tiers: Mapping[str, Tier]) -> str:
     return ", ".join(
-        f"{name} ({tier.spec.family}, {sum(layer.rows for layer in tier.spec.layers):,} rows, "
-        f"{format_size(sum(layer.rows for layer in tier.spec.layers) * tier.row_format.row_bytes)})"
+        f"{name} ({tier.spec.family}, {_table_bytes(tier) // tier.row_format.row_bytes:,} rows, "
+        f"{format_size(_table_bytes(tier))})"
         for name, tier in tiers.items()
     )
+
+
+def _table_bytes(tier: Tier) -> int:
+    return sum(layer.rows for layer in tier.spec.layers) * tier.row_format.row_bytes
 
 
 def _say(line: str) -> None:

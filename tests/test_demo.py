@@ -16,6 +16,8 @@ def test_the_demo_checks_every_byte_and_the_model(tmp_path):
     assert "every byte" in done.stdout
     assert "right" in done.stdout
     assert len(re.findall("identical", done.stdout)) == 2
+    cold, warm = re.findall(r"from RAM \((\d+\.\d)%\)", done.stdout.replace("\n", " "))
+    assert float(cold) < float(warm) == 100.0
     assert (tmp_path / "v41" / "table.json").exists()
     assert (tmp_path / "qwen" / "table.json").exists()
 

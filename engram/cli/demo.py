@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
         ),
         tokens: int = typer.Option(65_536, min=4096, help="Tokens of prefill a client sends."),
         steps: int = typer.Option(200, min=1, help="Decode steps a client sends, 64 tokens each."),
+        ram: str = typer.Option("1GiB", help="Size of the sidecar's RAM tier.", metavar="SIZE"),
     ) -> None:
         """Build a table, serve it, stream real text from two processes, check every byte.
 
@@ -42,7 +43,7 @@ def register(app: typer.Typer) -> None:
         place = directory or Path(tempfile.mkdtemp(prefix="engram-demo-"))
         place.mkdir(parents=True, exist_ok=True)
         try:
-            sound = _demo(place, vocab_size, tokens, steps)
+            sound = _demo(place, vocab_size, tokens, steps, ram)
         finally:
             if not kept:
                 shutil.rmtree(place, ignore_errors=True)
@@ -61,11 +62,13 @@ def _require(*modules: str) -> None:
         )
 
 
-def _demo(place: Path, vocab_size: int, tokens: int, steps: int) -> bool:
+def _demo(place: Path, vocab_size: int, tokens: int, steps: int, ram: str) -> bool:
+    from engram.bench import drop_cache
     from engram.cli._output import console
     from engram.demo.model import compare, quiet_transformers, tiny_model
     from engram.demo.sidecar import sidecar
     from engram.remote import connect
+    from engram.store.manifest import DATA_FILE
 
     began = time.perf_counter()
     console.print("[bold]1[/bold] a synthetic table of DeepSeek-V4.1 geometry")
@@ -75,8 +78,12 @@ def _demo(place: Path, vocab_size: int, tokens: int, steps: int) -> bool:
     model = tiny_model()
     model.save_pretrained(place / "qwen-checkpoint")
     _import(place / "qwen-checkpoint", place / "qwen")
-    with sidecar(place / "engram.sock", {"v41": place / "v41", "qwen": place / "qwen"}) as target:
-        console.print(f"[bold]3[/bold] {CLIENTS} client processes send the standard library's text")
+    drop_cache(place / "v41" / DATA_FILE)
+    tables = {"v41": place / "v41", "qwen": place / "qwen"}
+    with sidecar(place / "engram.sock", tables, ram) as target:
+        console.print(
+            f"[bold]3[/bold] {CLIENTS} client processes send the standard library's text, twice"
+        )
         clients = _traffic(target, table["table_seed"], tokens, steps)
         console.print("[bold]4[/bold] the model, resident and offloaded")
         with connect(target, "qwen") as remote:
@@ -117,7 +124,8 @@ def _import(checkpoint: Path, destination: Path) -> None:
     build_table(destination, *open_checkpoint(checkpoint, NgramSpec.from_pretrained(checkpoint)))
 
 
-def _traffic(target: str, table_seed: int, tokens: int, steps: int) -> list[dict[str, Any]]:
+def _traffic(target: str, table_seed: int, tokens: int, steps: int) -> list[list[dict[str, Any]]]:
+    """What each client did in each pass; see `engram.demo.traffic.Pass`."""
     from engram.errors import EngramError
 
     processes = [
@@ -149,29 +157,35 @@ def _traffic(target: str, table_seed: int, tokens: int, steps: int) -> list[dict
 
 
 def _report(
-    table: dict[str, Any], clients: list[dict[str, Any]], model: Comparison, seconds: float
+    table: dict[str, Any],
+    clients: list[list[dict[str, Any]]],
+    model: Comparison,
+    seconds: float,
 ) -> bool:
     import numpy as np
     from rich.table import Table
 
     from engram.cli._output import console
 
-    wrong = sum(client["rows_wrong"] for client in clients)
-    checked = sum(client["rows_checked"] for client in clients)
+    passes = [list(same) for same in zip(*clients, strict=True)]
+    wrong = sum(done["rows_wrong"] for client in clients for done in client)
+    checked = sum(done["rows_checked"] for client in clients for done in client)
     grid = Table(title="engram demo", title_justify="left", show_header=False)
     grid.add_row(
         "table",
         f"{table['rows']:,} rows, {table['bytes'] / 2**20:,.0f} MiB, "
         f"written and verified in {table['seconds']:.1f} s",
     )
-    for shape, what in (("prefill", "up to 2,048"), ("decode", "64")):
-        times = np.array([t for client in clients for t in client["shapes"].get(shape, [])]) * 1e3
-        if len(times):
-            grid.add_row(
-                shape,
-                f"{len(times):,} lookups of {what} tokens, "
-                f"median {np.median(times):.1f} ms ({times.min():.1f} to {times.max():.1f})",
-            )
+    for state, done in zip(("cold", "warm"), passes, strict=True):
+        grid.add_row(f"{state} text", _tiers(done))
+        for shape, what in (("prefill", "up to 2,048"), ("decode", "64")):
+            times = np.array([t for client in done for t in client["shapes"].get(shape, [])]) * 1e3
+            if len(times):
+                grid.add_row(
+                    "",
+                    f"{shape}: {len(times):,} lookups of {what} tokens, "
+                    f"median {np.median(times):.2f} ms ({times.min():.2f} to {times.max():.2f})",
+                )
     grid.add_row(
         "bytes",
         f"{checked:,} rows through the sidecar to {len(clients)} processes: "
@@ -186,6 +200,15 @@ def _report(
     grid.add_row("time", f"{seconds:.0f} s in all")
     console.print(grid)
     return not wrong and model.logits_equal and model.tokens_equal
+
+
+def _tiers(done: list[dict[str, Any]]) -> str:
+    hits, misses = (sum(client[what] for client in done) for what in ("hits", "misses"))
+    total = max(1, hits + misses)
+    return (
+        f"{total:,} n-grams: {hits:,} from RAM ({hits / total:.1%}), {misses:,} from SSD "
+        f"({misses / total:.1%})"
+    )
 
 
 def _verdict(equal: bool) -> str:

@@ -23,8 +23,8 @@ def register(app: typer.Typer) -> None:
         ),
         ram: str | None = typer.Option(
             None,
-            help="Memory for what is read often, like 8GiB; a quarter of what this process may "
-            "have if left out, 0 for none.",
+            help="Memory for what is read often, like 8GiB; 0 for none. If left out, a quarter of "
+            "what this process may have, or the tables' size if that is less.",
             metavar="SIZE",
         ),
     ) -> None:

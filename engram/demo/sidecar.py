@@ -16,8 +16,11 @@ _START_SECONDS_MAX = 60.0
 
 
 @contextmanager
-def sidecar(socket: Path, tables: Mapping[str, Path]) -> Iterator[str]:
+def sidecar(socket: Path, tables: Mapping[str, Path], ram: str = "64MiB") -> Iterator[str]:
     """Run `engram serve` over `tables` on a Unix socket; ends with SIGTERM.
+
+    Args:
+        ram: size of the RAM tier.
 
     Yields the address to connect to.
 
@@ -25,6 +28,7 @@ def sidecar(socket: Path, tables: Mapping[str, Path]) -> Iterator[str]:
         UnavailableError: it did not start, with its last words; or did not stop cleanly.
     """
     command = [sys.executable, "-m", "engram", "serve", "--listen", f"unix:{socket}"]
+    command += ["--ram", ram]
     for name, path in tables.items():
         command += ["--table", f"{name}={path}"]
     log = socket.with_suffix(".log")
