@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import bench_hash
+import bench_hits
 import bench_import
 import bench_lookup
 from report import Line, save, show
@@ -20,7 +21,7 @@ from engram.ssd import schema_of
 from engram.store.synth import SyntheticSource
 from engram.store.writer import build_table
 
-PARTS = ("hash", "warm", "cold", "grpc", "import")
+PARTS = ("hash", "hits", "peers", "misses", "long", "warm", "cold", "grpc", "import")
 
 
 def main(arguments: list[str]) -> None:
@@ -51,8 +52,10 @@ def _run(parts: list[str], place: Path, smoke: bool) -> list[Line]:
     lines: list[Line] = []
     if "hash" in parts:
         lines += bench_hash.run(smoke)
-    if {"warm", "cold", "grpc"} & set(parts):
+    if {"hits", "warm", "cold", "grpc"} & set(parts):
         table = _table(place / "table", 2_000 if smoke else 320_000)
+        if "hits" in parts:
+            lines += bench_hits.run(table, smoke)
         if "warm" in parts:
             lines += bench_lookup.warm(table, smoke)
         if "grpc" in parts:
