@@ -73,6 +73,14 @@ class Sidecar:
             self.kill()
 
 
+def remote_table(address: str, name: str | None = None, **options):
+    """A table asked for over gRPC alone, as a client on another host would."""
+    from engram.remote import RemoteTier
+    from engram.table import Table
+
+    return Table(RemoteTier(address, name, **options))
+
+
 def environment() -> dict[str, str]:
     tests = Path(__file__).resolve().parent
     paths = [str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]

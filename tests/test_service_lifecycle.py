@@ -16,7 +16,7 @@ import pytest
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from sidecars import Sidecar, environment, model_tier
+from sidecars import Sidecar, environment, model_tier, remote_table
 
 import engram
 from engram.errors import OverloadError, SpecMismatchError, UnavailableError
@@ -155,7 +155,7 @@ def _refusal(address):
 
 def test_after_a_kill_the_client_fails_then_works_again(tmp_path, expected):
     with Sidecar(tmp_path / "s.sock", {"one": {}}) as running:
-        table = engram.connect(running.address)
+        table = remote_table(running.address)
         assert np.array_equal(table.lookup(TOKENS).values, expected)
         boot_id = table.stats()["tiers"][0]["boot_id"]
         running.kill()
@@ -174,7 +174,7 @@ def test_after_a_kill_the_client_fails_then_works_again(tmp_path, expected):
 
 def test_a_kill_amid_lookups_never_gives_wrong_rows(tmp_path, expected):
     with Sidecar(tmp_path / "s.sock", {"one": {"delay_s": 0.01}}) as running:
-        table = engram.connect(running.address)
+        table = remote_table(running.address)
         right, failed, odd = [], [], []
         over = threading.Event()
 
@@ -209,7 +209,7 @@ def test_a_kill_amid_lookups_never_gives_wrong_rows(tmp_path, expected):
 
 def test_another_table_under_the_name_is_refused(tmp_path):
     with Sidecar(tmp_path / "s.sock", {"one": {}}) as running:
-        table = engram.connect(running.address)
+        table = remote_table(running.address)
         running.kill()
         running.told["tables"] = {"one": {"seed": 3}}
         running.start()
@@ -220,7 +220,7 @@ def test_another_table_under_the_name_is_refused(tmp_path):
 
 def test_running_lookups_survive_sigterm(tmp_path, expected):
     with Sidecar(tmp_path / "s.sock", {"one": {"delay_s": 0.05}}) as running:
-        tables = [engram.connect(running.address) for _ in range(2)]
+        tables = [remote_table(running.address) for _ in range(2)]
         right, wrong = [], []
 
         def work(table):
@@ -269,7 +269,7 @@ def test_health_turns_at_once_when_draining_and_idle_clients_do_not_hold_it_up(t
 
 def test_a_stopped_sidecar_is_an_error_within_the_deadline(tmp_path, expected):
     with Sidecar(tmp_path / "s.sock", {"one": {}}) as running:
-        table = engram.connect(running.address, timeout_s=0.5)
+        table = remote_table(running.address, timeout_s=0.5)
         running.process.send_signal(signal.SIGSTOP)
         with pytest.raises(UnavailableError, match="did not answer in time"):
             table.lookup(TOKENS)

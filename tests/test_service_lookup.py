@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from sidecars import Sidecar, environment, model_tier
+from sidecars import Sidecar, environment, model_tier, remote_table
 
 import engram
 from engram.errors import RowIntegrityError, UnavailableError, UnknownTableError
@@ -57,14 +57,14 @@ def small_limits(tmp_path_factory, v41_table):
 @pytest.mark.parametrize("tokens", [0, 1, 330, 331, 341, 342, 700, 3000])
 def test_any_number_of_tokens_is_exact(sidecar, v41_table, tokens):
     ids = np.random.default_rng(tokens).integers(0, 600, tokens)
-    with engram.connect(sidecar.address, "v41") as remote, engram.open(v41_table) as embedded:
+    with remote_table(sidecar.address, "v41") as remote, engram.open(v41_table) as embedded:
         assert np.array_equal(remote.lookup(ids).packed(), embedded.lookup(ids).packed())
 
 
 @pytest.mark.parametrize("name", ["v41", "qwen"])
 def test_every_row_by_its_id(sidecar, request, name):
     path = request.getfixturevalue(f"{name}_table")
-    with engram.connect(sidecar.address, name) as remote, engram.open(path) as embedded:
+    with remote_table(sidecar.address, name) as remote, engram.open(path) as embedded:
         for layer in remote.spec.layers:
             ids = np.random.default_rng(0).permutation(layer.rows)
             found = remote.lookup_rows(layer.layer, ids)
@@ -72,7 +72,7 @@ def test_every_row_by_its_id(sidecar, request, name):
 
 
 def test_a_connected_table_is_the_table(sidecar, qwen_table):
-    with engram.connect(sidecar.address, "qwen") as remote, engram.open(qwen_table) as embedded:
+    with remote_table(sidecar.address, "qwen") as remote, engram.open(qwen_table) as embedded:
         assert remote.spec == embedded.spec
         assert remote.row_format == embedded.row_format
         assert remote.fingerprint == embedded.fingerprint
@@ -82,7 +82,7 @@ def test_a_connected_table_is_the_table(sidecar, qwen_table):
 def test_lookups_beyond_the_limits_are_split(small_limits, v41_table):
     ids = np.random.default_rng(1).integers(0, 600, 400)
     rows = np.random.default_rng(1).integers(0, 7000, 5000)
-    with engram.connect(small_limits.address) as remote, engram.open(v41_table) as embedded:
+    with remote_table(small_limits.address) as remote, engram.open(v41_table) as embedded:
         assert np.array_equal(remote.lookup(ids).packed(), embedded.lookup(ids).packed())
         sent = remote.stats()["tiers"][0]["requests"]
         assert sent >= len(ids) * 48 // 1024
@@ -100,7 +100,7 @@ def test_damaged_rows_cross_the_wire_by_name(sidecar, damaged_rows):
     for layer, row in damaged_rows:
         position = sound.layers.index(layer)
         bad[:, position] |= ids[:, position] == row
-    with engram.connect(sidecar.address, "damaged") as remote:
+    with remote_table(sidecar.address, "damaged") as remote:
         out = Rows.empty(ids.shape, remote.row_format)
         with pytest.raises(RowIntegrityError) as caught:
             remote.lookup(tokens, out=out)
@@ -130,7 +130,7 @@ def test_damage_under_a_running_sidecar_fails_only_what_it_touches(tmp_path, qwe
     data = copy / "data.mdb"
     content = data.read_bytes()
     with Sidecar(tmp_path / "s.sock", {"qwen": copy}) as running:
-        with engram.connect(running.address) as remote:
+        with remote_table(running.address) as remote:
             with data.open("r+b") as file:
                 for row in (3, 500):
                     file.seek(content.index(sound[row].tobytes()) + 7)
@@ -151,7 +151,7 @@ def test_damage_under_a_running_sidecar_fails_only_what_it_touches(tmp_path, qwe
 
 
 def test_all_failed_rows_are_named(sidecar):
-    with engram.connect(sidecar.address, "damaged") as remote:
+    with remote_table(sidecar.address, "damaged") as remote:
         with pytest.raises(RowIntegrityError) as caught:
             remote.lookup_rows(0, np.arange(6900, 7100))
         assert caught.value.failures == {0: tuple(range(7000, 7100))}
@@ -162,7 +162,7 @@ def test_threads_share_one_stream(sidecar, v41_table):
     with engram.open(v41_table) as embedded:
         expected = [embedded.lookup(row).packed() for row in tokens]
     right = []
-    with engram.connect(sidecar.address, "v41") as remote:
+    with remote_table(sidecar.address, "v41") as remote:
 
         def work(index):
             for _ in range(3):
