@@ -12,6 +12,7 @@ from conftest import small_qwen, small_v41
 from dict_tier import DictTier
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sidecars import Sidecar
 
 import engram
 from engram.errors import (
@@ -31,17 +32,21 @@ from engram.store.writer import build_table
 from engram.table import Table
 from engram.tiers import Ngrams, Selection
 
-TIERS = ("model", "ssd-pread", "ssd-map", "ram", "ram-tiny", "ram-0", "remote")
+RAM_TIERS = ("ram", "ram-tiny", "ram-0")
+SERVED_TIERS = ("remote", "attached", "attached-to-none")
+TIERS = ("model", "ssd-pread", "ssd-map", *RAM_TIERS, *SERVED_TIERS)
 RAM_BYTES = {"ram": 1 << 20, "ram-tiny": 40_000, "ram-0": 0}
 
 
 @pytest.fixture(scope="module")
-def sidecar_address(v41_table, tmp_path_factory):
-    from engram.demo.sidecar import sidecar
+def run_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
 
-    socket = tmp_path_factory.mktemp("run") / "s.sock"
-    with sidecar(socket, {"v41": v41_table}) as address:
-        yield address
+
+@pytest.fixture(scope="module")
+def sidecar_address(v41_table, run_folder):
+    with Sidecar(run_folder / "s.sock", {"v41": v41_table}, ram="1MiB") as running:
+        yield running.address
 
 
 def _model(path):
@@ -62,6 +67,11 @@ def _made(kind, request, path):
         from engram.remote import RemoteTier
 
         return RemoteTier(request.getfixturevalue("sidecar_address"), "v41")
+    if kind == "attached":
+        return engram.connect(request.getfixturevalue("sidecar_address"))._tier
+    if kind == "attached-to-none":
+        with Sidecar(request.getfixturevalue("run_folder") / "n.sock", {"v41": path}) as gone:
+            return engram.connect(gone.address)._tier
     ssd = SsdTier(path, guard=kind == "ssd-map")
     if kind in RAM_BYTES:
         return ram_tiers({"v41": ssd}, RAM_BYTES[kind], shared=False)["v41"]
