@@ -23,10 +23,12 @@ from engram.errors import SpecMismatchError, UnavailableError
 from engram.ram._handshake import Conversation, connect
 from engram.ram._terms import Offered, Terms, Wanted
 from engram.ram.frames import Deadline, attach_path
-from engram.ram.layout import BundleLayout, pack_view
+from engram.ram.layout import WORD_SLABS, BundleLayout, pack_view
 from engram.ram.memory import Memory
 from engram.store.reader import StoreReader
 from engram.tiers import Int64s
+
+_SLAB_POLL_S = 0.05
 
 _connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _forks = [0]
@@ -92,11 +94,11 @@ class Lease:
         self._forks = _forks[0]
         self._connection = connection
         self.ended = threading.Event()
-        self._closed = threading.Event()
         weakref.finalize(self, _hang_up, connection)
         self._watcher = _in_background("engram-lease", _watch, connection, self.ended)
-        mapped = (self.directory, self.staging, *self.slabs)
-        self._populating = _in_background("engram-populate", _populate, mapped, self._closed)
+        _in_background(
+            "engram-populate", _populate, self.directory, self.staging, self.slabs, self.ended
+        )
 
     @classmethod
     def open(
@@ -205,7 +207,6 @@ class Lease:
 
     def close(self) -> None:
         """End the lease; the memory goes with the object. Safe to call twice."""
-        self._closed.set()
         if self._forks != _forks[0]:
             return
         _hang_up(self._connection)
@@ -230,11 +231,20 @@ def _hang_up(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _populate(memories: Sequence[Memory], closed: threading.Event) -> None:
-    for memory in memories:
-        if closed.is_set():
+def _populate(
+    directory: Memory, staging: Memory, slabs: Sequence[Memory], ended: threading.Event
+) -> None:
+    """Map everything, so that no lookup has to; each slab once the sidecar took its memory."""
+    directory.populate()
+    staging.populate()
+    words = directory.words(WORD_SLABS + 1)
+    for number, slab in enumerate(slabs):
+        while words[WORD_SLABS] <= number:
+            if ended.wait(_SLAB_POLL_S):
+                return
+        if ended.is_set():
             return
-        memory.populate()
+        slab.populate()
 
 
 def _in_background(name: str, work: object, *arguments: object) -> threading.Thread:
