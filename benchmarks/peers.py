@@ -192,7 +192,8 @@ class Lmdb:
         return _keys(layers.reshape(-1), ids.reshape(-1))
 
     def read(self, prepared: list[bytes]) -> None:
-        flat, width, at = memoryview(self._out.reshape(-1)), self._row_bytes, 0
+        flat: Any = memoryview(self._out.data).cast("B")
+        width, at = self._row_bytes, 0
         with self._environment.begin(buffers=True) as transaction:
             get = transaction.get
             for key in prepared:
