@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,11 +79,11 @@ class RowFormat:
                 "check the checkpoint's weight_scale tensor"
             )
 
-    @property
+    @cached_property
     def value_bytes(self) -> int:
         return self.dim * _VALUE_BITS[self.name] // 8
 
-    @property
+    @cached_property
     def scale_bytes(self) -> int:
         if self.name == "nf4":
             return 4
@@ -157,10 +158,10 @@ class Rows:
         """
         self.check(shape, row_format)
         values, scales = self.values, self.scales
-        return Rows(
-            values.reshape(-1, row_format.value_bytes),
-            None if scales is None else scales.reshape(-1, row_format.scale_bytes),
-        )
+        count = math.prod(shape)
+        if scales is not None:
+            scales = scales.reshape(count, row_format.scale_bytes)
+        return Rows(values.reshape(count, row_format.value_bytes), scales)
 
     def check(self, shape: tuple[int, ...], row_format: RowFormat) -> None:
         """Refuse buffers that a lookup of `shape` rows cannot fill.
@@ -168,6 +169,28 @@ class Rows:
         Raises:
             SelectionError: wrong dtype, shape or order, or read-only, with both shapes named.
         """
+        values, scales = self.values, self.scales
+        value_bytes, scale_bytes = row_format.value_bytes, row_format.scale_bytes
+        # What is right, without a list of parts: a lookup of one token has no time for it.
+        if (
+            values.dtype is _UINT8
+            and values.shape == (*shape, value_bytes)
+            and values.flags.carray
+            and (scales is None) == (not scale_bytes)
+            and (
+                scales is None
+                or (
+                    scales.dtype is _UINT8
+                    and scales.shape == (*shape, scale_bytes)
+                    and scales.flags.carray
+                    and not np.may_share_memory(values, scales)
+                )
+            )
+        ):
+            return
+        self._refuse(shape, row_format)
+
+    def _refuse(self, shape: tuple[int, ...], row_format: RowFormat) -> None:
         parts = [("values", self.values, row_format.value_bytes)]
         if row_format.scale_bytes:
             if self.scales is None:
@@ -177,7 +200,7 @@ class Rows:
             raise SelectionError(f"out.scales must be None; {row_format.name} rows have no scales")
         for name, array, width in parts:
             wanted = (*shape, width)
-            if array.dtype is not _UINT8 or array.shape != wanted:
+            if array.dtype != np.uint8 or array.shape != wanted:
                 found = f"{array.dtype} {list(array.shape)}"
                 raise SelectionError(f"out.{name} must be uint8 {list(wanted)}, not {found}")
             # Set for what is C-contiguous, aligned and writable.
