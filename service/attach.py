@@ -241,10 +241,11 @@ class AttachServer:
         self._leave(connection)
 
     def _leave(self, connection: socket.socket, *, refused: bool = False) -> None:
-        connection.close()
+        # First, so that who sees the end of a lease may count on its place.
         with self._lock:
             self._places += 1
             self._counts["refused"] += refused
+        connection.close()
 
 
 def _listener(path: Path) -> socket.socket:
