@@ -12,9 +12,11 @@ from arenas import (
     ORDERS,
     Arena,
     ArenaReader,
+    buckets_twin,
     bundle_bytes,
     cache_of,
     fill,
+    hash_twin,
     keys_of,
     ngrams_of,
     row_of,
@@ -60,6 +62,24 @@ def room_for(rows):
 
 def used_orders(selection):
     return [MIN_ORDER + o for o in np.flatnonzero(np.diff(selection.order_bounds))]
+
+
+def require_same(cache, twin):
+    """The cache is whole, holds what its twin holds in the same order, and every byte is right."""
+    cache.check_integrity()
+    arena, writer, numbers = Arena(cache), cache._writer, cache._writer.numbers
+    limbo = [key for key, _ in twin.limbo]
+    for ring, head, count, expected in (
+        (writer.small, _fill.SMALL_HEAD, _fill.SMALL_COUNT, twin.small),
+        (writer.main, _fill.MAIN_HEAD, _fill.MAIN_COUNT, twin.main),
+        (writer.limbo, _fill.LIMBO_HEAD, _fill.LIMBO_COUNT, limbo),
+    ):
+        slots = ring[(numbers[head] + np.arange(numbers[count])) % len(ring)].tolist()
+        assert [arena.head(slot)[1:] for slot in slots] == list(expected)
+    for table, key in twin.bucket_of:
+        slot = arena.slot(table, key)
+        assert arena.head(slot)[0] % 2 == 0
+        assert np.array_equal(arena.bundle(slot), bundle_bytes(table, key))
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -248,25 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def whole(self):
-        self.cache.check_integrity()
-        writer, numbers = self.cache._writer, self.cache._writer.numbers
-        queues = [
-            (writer.small, numbers[_fill.SMALL_HEAD], numbers[_fill.SMALL_COUNT], self.twin.small),
-            (writer.main, numbers[_fill.MAIN_HEAD], numbers[_fill.MAIN_COUNT], self.twin.main),
-            (
-                writer.limbo,
-                numbers[_fill.LIMBO_HEAD],
-                numbers[_fill.LIMBO_COUNT],
-                [key for key, _ in self.twin.limbo],
-            ),
-        ]
-        for ring, head, count, expected in queues:
-            slots = ring[(head + np.arange(count)) % len(ring)].tolist()
-            assert [self.arena.head(slot)[1:] for slot in slots] == list(expected)
-        for table, key in self.twin.bucket_of:
-            slot = self.arena.slot(table, key)
-            assert self.arena.head(slot)[0] % 2 == 0
-            assert np.array_equal(self.arena.bundle(slot), bundle_bytes(table, key))
+        require_same(self.cache, self.twin)
 
     @invariant()
     def what_is_held_stays(self):
@@ -283,6 +285,52 @@ class CacheMachine(RuleBasedStateMachine):
 
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestCacheAgainstItsTwin = CacheMachine.TestCase
+
+
+def test_a_long_run_of_few_hot_and_many_cold_ngrams():
+    """Long enough for hot n-grams to go round the main queue, and for ghosts to come back."""
+    cache, rng = cache_of(24), np.random.default_rng(0)
+    twin = PolicyTwin(24, 1, cache.seed, cache.layout.buckets)
+    own = SimpleNamespace(touches=Counter(), held=[])
+    twin.readers.append(own)
+    reader = ArenaReader(cache)
+    selection = Selection((0,), tuple(range(COLUMNS)), BUNDLE.heads, MIN_ORDER, ORDERS)
+    for turn in range(400):
+        some = {(0, int(n)) for n in np.minimum(200, rng.zipf(1.3, 12))}
+        keys, prefetched = sorted(some), bool(turn % 3 == 0)
+        fill(cache, 0, keys, prefetched=prefetched)
+        for key in keys:
+            twin.fill((0, key), prefetched)
+        again = [key for key in keys if rng.random() < 0.7] * 2
+        ngrams = ngrams_of(again)
+        count = ngrams.row_count(selection)
+        reader.read(ngrams, selection, room_for(count), np.arange(count))
+        for key in again:
+            if (0, key) in twin.bucket_of:
+                twin.touch(own, (0, key))
+        require_same(cache, twin)
+    assert min(twin.counts[each] for each in ("evicted", "useful", "wasted")) > 50
+    assert cache.stats()["admitted"] == twin.counts["admitted"]
+
+
+def test_an_ngram_whose_buckets_are_full_is_not_kept():
+    cache = cache_of(16)
+    twin = PolicyTwin(16, 1, cache.seed, cache.layout.buckets)
+    everything = [(a, b) for a in range(40) for b in range(40)]
+    both_in_0 = [
+        key
+        for key in everything
+        if buckets_twin(hash_twin(cache.seed, key), cache.layout.buckets) == (0, 0)
+    ][:12]
+    assert len(both_in_0) == 12
+    fill(cache, 0, both_in_0)
+    for key in both_in_0:
+        twin.fill((0, key), False)
+    require_same(cache, twin)
+    assert cache.present(0, ngrams_of(both_in_0)).tolist() == [True] * 8 + [False] * 4
+    assert cache.stats()["not_admitted"] == 4
+    fill(cache, 0, [(99, n) for n in range(8)])
+    assert cache.present(0, ngrams_of([(99, n) for n in range(8)])).all(), "others have room"
 
 
 def test_admission_stops_while_limbo_is_full_and_goes_on_after():
