@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lmdb
+import mooncake_peer
 import numpy as np
 import numpy.typing as npt
+from mooncake_peer import MooncakeMissingError, mooncake
 from texts import Piece
 
 import engram
@@ -36,7 +38,7 @@ class Peer(Protocol):
     """Reads the rows of a piece of text.
 
     Attributes:
-        dear: slow enough that it is only warmed with what is timed.
+        dear: too slow to be warmed with the whole text.
     """
 
     name: str
@@ -215,7 +217,7 @@ def _keys(layer: int | Int64s, ids: Int64s) -> list[bytes]:
 
 def all_but_engram(
     stack: ExitStack, folder: Path, table: Table, source: SyntheticSource
-) -> tuple[list[Peer], list[tuple[str, str]]]:
+) -> tuple[list[Peer], list[str]]:
     """Build what the peers read, below `folder`.
 
     Args:
@@ -223,7 +225,7 @@ def all_but_engram(
         table: whose rows they have, in `folder / "table"`.
 
     Returns:
-        The peers; and the names of those that cannot run here, with the reason.
+        The peers; and what to say of those that cannot run here.
     """
     spec, row_bytes = table.spec, table.row_format.row_bytes
     files = _flat_files(folder, spec, row_bytes, source)
@@ -234,7 +236,12 @@ def all_but_engram(
     target = stack.enter_context(tcp_sidecar(folder / "table"))
     remote = stack.enter_context(engram.connect(target))
     found: list[Peer] = [by_key, mapped, Engram("rows over gRPC, TCP loopback", remote)]
-    return [*found, Torch(files, spec, row_bytes)], []
+    found.append(Torch(files, spec, row_bytes))
+    try:
+        found.append(stack.enter_context(mooncake(folder, files, spec, row_bytes)))
+    except MooncakeMissingError as error:
+        return found, [f"{mooncake_peer.NAME} left out: {error}"]
+    return found, []
 
 
 def _flat_files(
