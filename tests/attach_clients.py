@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from contextlib import suppress
+import threading
+from contextlib import contextmanager, suppress
 
-from attach_hosts import TIMEOUT_S, Host
+from attach_hosts import TIMEOUT_S, Host, descriptors, until
 
 from engram._wire import error_of
 from engram.proto.v1 import attach_pb2 as pb
@@ -96,3 +97,17 @@ def go(client, steps, reader):
             pass
     if steps >= 5:
         client.reader(reader)
+
+
+@contextmanager
+def unharmed(host, leases_max):
+    """Whatever happens within, a server has its descriptors, threads and places back, and works."""
+    until(lambda: host.leases == 0)
+    before, threads = descriptors(), threading.active_count()
+    yield
+    until(lambda: descriptors() <= before)
+    until(lambda: threading.active_count() <= threads)
+    until(lambda: host.server._places == leases_max)
+    lease = host.attach()
+    assert host.server.lease(lease.token) is not None
+    lease.close()

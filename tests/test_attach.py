@@ -219,6 +219,14 @@ def test_one_server_has_several_sockets_and_one_limit(tmp_path, host):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_server_that_never_started_leaves_nothing(tmp_path, host):
+    before, files = descriptors(), sorted(tmp_path.iterdir())
+    server = AttachServer([tmp_path / "a"], host.tiers, {})
+    server.stop()
+    assert descriptors() == before
+    assert sorted(tmp_path.iterdir()) == files
+
+
 def test_a_socket_that_cannot_be_had_leaves_nothing(tmp_path, host):
     before, files = descriptors(), sorted(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"cannot listen on .*/none/s\.attach"):

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import socket
-import threading
 import time
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
-from attach_clients import STEPS, Client, go, memory
-from attach_hosts import HANG_S, descriptors, host_of, until
+from attach_clients import STEPS, Client, go, memory, unharmed
+from attach_hosts import HANG_S, host_of, until
 
-from engram.errors import EngramError, OverloadError, RequestError, ServiceError, UnavailableError
+from engram.errors import RequestError, ServiceError, UnavailableError
 from engram.proto.v1 import attach_pb2 as pb
 from engram.ram import frames
 from engram.ram.layout import ABI
 from engram.ram.memory import SEALS_OF_READER, SEALS_OF_WRITER
-from engram.service import _handshake
+from engram.rows import Rows
 from engram.service import attach as server_module
+from engram.tiers import Ngrams, Selection
 
 LEASES_MAX = 6
 
@@ -35,16 +35,8 @@ def served(tmp_path_factory, v41_table):
 
 @pytest.fixture
 def host(served):
-    """Whatever a test does, the server has its descriptors, threads and places back, and works."""
-    until(lambda: served.leases == 0)
-    before, threads = descriptors(), threading.active_count()
-    yield served
-    until(lambda: descriptors() <= before)
-    until(lambda: threading.active_count() <= threads)
-    until(lambda: served.server._places == LEASES_MAX)
-    lease = served.attach()
-    assert served.server.lease(lease.token) is not None
-    lease.close()
+    with unharmed(served, LEASES_MAX):
+        yield served
 
 
 @pytest.fixture
@@ -242,18 +234,6 @@ def test_a_client_that_sends_a_byte_now_and_then_is_given_up_in_time(host, monke
         _until_hung_up(lambda: client.socket.sendall(b"x"), 0.01)
 
 
-def test_silent_clients_hold_places_only_for_a_time(host, monkeypatch):
-    monkeypatch.setattr(server_module, "HANDSHAKE_S", 1.0)
-    with ExitStack() as held:
-        for _ in range(LEASES_MAX):
-            held.enter_context(Client(host))
-        until(lambda: host.server._places == 0)
-        with pytest.raises(OverloadError, match=f"{LEASES_MAX} clients are attached already"):
-            host.attach()
-        until(lambda: host.server._places == LEASES_MAX)
-        host.attach().close()
-
-
 def test_whatever_a_client_says_later_ends_its_lease(host):
     for said in (b"x", bytes(100000)):
         before = host.server.stats()["ended_protocol"]
@@ -284,107 +264,27 @@ def test_a_client_that_half_closes_has_no_lease(host):
     lease.close()
 
 
-def test_two_hundred_clients_at_once(tmp_path, v41_table):
-    fates = []
-
-    def attach(host):
-        try:
-            lease = host.attach(timeout_s=HANG_S)
-            fates.append("attached")
-            while len(fates) < 200:
-                time.sleep(0.01)
-            lease.close()
-        except EngramError as error:
-            fates.append(type(error))
-
-    with host_of(tmp_path / "s", {"v41": v41_table}, 1 << 20, leases_max=50) as host:
-        serving = descriptors()
-        threads = [threading.Thread(target=attach, args=(host,)) for _ in range(200)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(HANG_S)
-        assert len(fates) == 200
-        # Nobody is left waiting: each is attached, or told that there is no room.
-        assert set(fates) == {"attached", OverloadError}
-        assert fates.count("attached") == 50
-        until(lambda: host.leases == 0)
-        until(lambda: descriptors() <= serving)
-        host.attach().close()
-
-
-def test_more_connections_than_descriptors(host):
-    """The server waits until some are free again; nobody that is attached notices."""
-    lease = host.attach()
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+def test_nothing_in_a_readers_memory_is_believed(host):
+    """Hits and epochs that cannot be only cost what is cached, never a row."""
+    tier = host.tiers["v41"]
+    vocabulary, order = tier.spec.canonical_vocab_size, tier.spec.max_order
+    numbers = np.random.default_rng(3)
     with ExitStack() as held:
-        waiting = [socket.socket(socket.AF_UNIX) for _ in range(20)]
-        for each in waiting:
-            held.callback(each.close)
-        held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() - 1, limits[1]))
-        for each in waiting:
-            each.connect(f"{host.place}.attach")
-        until(lambda: host.server._exhausted)
-        assert lease.alive
-        assert host.server.lease(lease.token) is not None
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        until(lambda: not host.server._exhausted)
-    lease.close()
-
-
-def test_a_client_with_too_few_descriptors_says_so_and_keeps_none(host):
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    before = descriptors()
-    refused = 0
-    for spare in range(0, 16):
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (before + spare, limits[1]))
-            host.attach(timeout_s=0.5).close()
-        except (EngramError, OSError):
-            refused += 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        until(lambda: descriptors() <= before)
-    assert refused > 3
-
-
-def test_no_memory_for_a_client_is_overload(host, monkeypatch):
-    def none(*arguments):
-        raise ServiceError("no memory")
-
-    monkeypatch.setattr(_handshake.Memory, "shared", none)
-    with pytest.raises(OverloadError, match="has no memory for another client: no memory"):
-        host.attach()
-
-
-def test_a_defect_of_the_server_is_told_and_logged(host, monkeypatch, caplog):
-    def fail(*arguments):
-        raise ZeroDivisionError("a defect")
-
-    monkeypatch.setattr(_handshake, "_staging", fail)
-    with pytest.raises(ServiceError, match="its log says more"):
-        host.attach()
-    assert "a defect" in caplog.text
-
-
-def test_the_server_stops_amid_handshakes(tmp_path, v41_table):
-    before = descriptors()
-    with host_of(tmp_path / "s", {"v41": v41_table}) as host:
-        serving = descriptors()
-        lease = host.attach()
-        clients = [Client(host) for _ in range(4)]
-        for steps, client in enumerate(clients):
-            go(client, steps, None)
-        host.server.stop()
-        until(lambda: not lease.alive)
-        assert host.server._places == server_module.LEASES_MAX
-        lease.close()
-        for client in clients:
-            client.__exit__()
-        until(lambda: descriptors() < serving)
-    del host, client, clients
-    until(lambda: descriptors() <= before)
+        for byte in (0xFF, 0x80, 0x7F):
+            lease = host.attach()
+            held.callback(lease.close)
+            lease.reader.bytes()[:] = byte
+        for _ in range(40):
+            windows = numbers.integers(0, vocabulary, (200, order), np.int32)
+            ngrams = Ngrams(windows, np.full(200, order, np.int32))
+            selection = Selection.of(tier.spec)
+            places = np.arange(ngrams.row_count(selection))
+            rows, expected = (Rows.empty((len(places),), tier.row_format) for _ in range(2))
+            tier.read(ngrams, selection, rows, places)
+            tier.backing.read(ngrams, selection, expected, places)
+            assert np.array_equal(rows.packed(), expected.packed())
+        tier.check_integrity()
+    until(lambda: host.leases == 0)
 
 
 def test_errors_are_of_the_documented_kinds(host):

@@ -64,6 +64,24 @@ def test_what_is_not_a_dead_servers_socket_is_left_alone(tmp_path):
     alive.close()
 
 
+def test_the_attach_socket_beside_it_is_claimed_too(tmp_path):
+    from engram.service.sockets import SocketClaim
+
+    beside = tmp_path / "s.attach"
+    beside.write_text("mine")
+    with pytest.raises(ConfigError, match=r"s\.attach exists and is not a socket"):
+        SocketClaim(tmp_path / "s")
+    assert beside.read_text() == "mine"
+    beside.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(beside))
+        other.listen()
+        with pytest.raises(ConfigError, match=r"something else is serving .*s\.attach"):
+            SocketClaim(tmp_path / "s")
+    SocketClaim(tmp_path / "s").release()
+    assert not beside.exists()
+
+
 def test_a_lock_file_is_never_followed_elsewhere(tmp_path):
     from engram.service.sockets import SocketClaim
 

@@ -11,7 +11,8 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -24,6 +25,7 @@ ATTACH_SUFFIX = ".attach"
 DESCRIPTORS_PER_FRAME = 64
 FRAME_BYTES_MAX = 1 << 16
 _LENGTH_BYTES = 4
+_DESCRIPTOR_BYTES = array("i").itemsize
 _RETRY_S = 0.01
 _LATE = "no answer on the attach socket in time; is the other side stopped, or overloaded?"
 _MATCH = "use versions of engram that match"
@@ -82,7 +84,7 @@ class Descriptors:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, arrived: Sequence[int]) -> None:
+    def add(self, arrived: Iterable[int]) -> None:
         self._waiting += arrived
 
     def take(self) -> int:
@@ -174,10 +176,14 @@ def _receive(
     return received
 
 
-def _receive_some(connection: socket.socket, count: int) -> tuple[bytes, list[int], int]:
-    piece, arrived, flags, _ = socket.recv_fds(
-        connection, count, DESCRIPTORS_PER_FRAME, socket.MSG_CMSG_CLOEXEC
-    )
+def _receive_some(connection: socket.socket, count: int) -> tuple[bytes, array[int], int]:
+    # Not socket.recv_fds, which forgets its flags: programs started meanwhile would inherit.
+    room = socket.CMSG_LEN(DESCRIPTORS_PER_FRAME * _DESCRIPTOR_BYTES)
+    piece, extra, flags, _ = connection.recvmsg(count, room, socket.MSG_CMSG_CLOEXEC)
+    arrived = array("i")
+    for level, kind, data in extra:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            arrived.frombytes(data[: len(data) - len(data) % _DESCRIPTOR_BYTES])
     return piece, arrived, flags
 
 
