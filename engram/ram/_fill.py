@@ -69,6 +69,9 @@ _PLACE = 0x0F
 _SMALL_PERCENT = 25
 _PROMOTED_FROM = 2
 _EVICTED_AT_ONCE = 64
+_LOOKS_MAX = 4096
+"""Slots looked at for one eviction; the next goes, hit or not. Else readers that hit everything
+all the time could keep the writer going round for ever."""
 _U64 = np.uint64
 
 # Fields of `numbers`, the writer's own state beside its arrays.
@@ -151,23 +154,20 @@ def _unlink(view, directories, slot):
 
 @kernel
 def _free_entry(bucket):
-    """(entries in use, address of a free one or 0)."""
-    used, free = 0, np.int64(0)
+    """Address of a free entry, or 0."""
     for entry in range(BUCKET_ENTRIES):
-        if load_relaxed(bucket + entry * 8):
-            used += 1
-        else:
-            free = bucket + entry * 8
-    return used, free
+        if not load_relaxed(bucket + entry * 8):
+            return bucket + entry * 8
+    return np.int64(0)
 
 
 @kernel
 def _link(view, hashed, slot):
-    """Enter a slot in the emptier of its two buckets; False if both are full."""
-    used, free = _free_entry(bucket_of(view, hashed))
-    other_used, other_free = _free_entry(second_bucket_of(view, hashed))
-    if free == 0 or (other_free and other_used < used):
-        free = other_free
+    """Enter a slot in its first bucket that has room, so that most are found in the first line
+    looked at; False if both are full."""
+    free = _free_entry(bucket_of(view, hashed))
+    if free == 0:
+        free = _free_entry(second_bucket_of(view, hashed))
     if free == 0:
         return False
     store_release(free, (tag_of(hashed) << _U64(32)) | _U64(slot))
@@ -266,10 +266,14 @@ def _move_on(writer, slot, seen):
 def _evict(view, writer):
     """Move one slot to limbo; False if there is none."""
     numbers, state = writer.numbers, writer.state
+    looks = 0
     while numbers[SMALL_COUNT] + numbers[MAIN_COUNT] > 0:
+        looks += 1
         if numbers[SMALL_COUNT] * 100 >= view.slots * _SMALL_PERCENT or numbers[MAIN_COUNT] == 0:
             slot = _pop(writer.small, numbers, SMALL_HEAD, SMALL_COUNT)
             seen = _collect_touches(writer.readers, slot, writer.hits[slot])
+            if looks > _LOOKS_MAX:
+                seen = np.int64(0)
             if _move_on(writer, slot, seen):
                 continue
             _remember(writer.ghosts, numbers, _head_hash(view.seed, head_of(view, slot)))
@@ -277,7 +281,7 @@ def _evict(view, writer):
             slot = _pop(writer.main, numbers, MAIN_HEAD, MAIN_COUNT)
             seen = _collect_touches(writer.readers, slot, writer.hits[slot])
             _settle_prefetch(state, numbers, slot, seen)
-            if seen > 0:
+            if seen > 0 and looks <= _LOOKS_MAX:
                 writer.hits[slot] = seen - 1
                 _push(writer.main, numbers, MAIN_HEAD, MAIN_COUNT, slot)
                 continue

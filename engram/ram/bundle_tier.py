@@ -197,6 +197,7 @@ class BundleTier(Tier):
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Within it, slots that `probe` finds keep their bytes, though they may be evicted."""
+        self._view()  # refuses a forked child, which would overwrite its parent's epoch
         epochs = self._epochs()
         held = epochs.enter()
         try:

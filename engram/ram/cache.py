@@ -167,6 +167,9 @@ class Cache:
         )
         self._writer.numbers[_fill.LIMBO_MAX] = max(4, slots // 32)
         self._writer.numbers[_fill.EPOCH] = 1
+        for reader in self.own_readers:
+            # After a fork: an epoch held by a thread that does not exist here.
+            reader.words(WORD_EPOCH + 1)[WORD_EPOCH] = 0
         for number, directory in enumerate(self.directories):
             directory.bytes()[PAGE_BYTES:] = 0
             self._write_header(number, directory.words(WORD_EPOCH + 1))

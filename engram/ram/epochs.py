@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 
 from engram._jit import fence_full, kernel, load_acquire, store_relaxed, store_release
 from engram.ram.layout import WORD_EPOCH
@@ -33,6 +35,8 @@ def _set(reader, epoch):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 class Epochs:
     """Epochs that the threads of one reader hold; the oldest is what the writer sees.
 
+    A forked child holds none of its parent's, and lets go of none in memory that both share.
+
     Args:
         reader: this reader's memory.
         directory: of its table.
@@ -41,6 +45,10 @@ class Epochs:
     def __init__(self, reader: Memory, directory: Memory) -> None:
         self._reader = reader
         self._directory = directory
+        self._renew()
+        _ALL.add(self)
+
+    def _renew(self) -> None:
         self._lock = threading.Lock()
         self._held: list[int] = []
 
@@ -57,5 +65,18 @@ class Epochs:
     def leave(self, epoch: int) -> None:
         """Let go of one, after the last read of what was found."""
         with self._lock:
+            if epoch not in self._held:  # held before a fork
+                return
             self._held.remove(epoch)
             _set(self._reader.address, min(self._held, default=0))
+
+
+_ALL: weakref.WeakSet[Epochs] = weakref.WeakSet()
+
+
+def _renew_after_fork() -> None:
+    for epochs in _ALL:
+        epochs._renew()
+
+
+os.register_at_fork(after_in_child=_renew_after_fork)
