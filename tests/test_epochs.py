@@ -93,10 +93,9 @@ def test_readers_that_hit_everything_cannot_keep_the_writer_going_round():
     cache = cache_of(6000, slots_per_slab=1024)
     reader = ArenaReader.added(cache)
     fill(cache, 0, [(0, n) for n in range(6000)])
-    touched = reader.memory.bytes()[PAGE_BYTES:][:6000]
-    touched[:] = 255
+    reader.memory.bytes()[PAGE_BYTES:] = 255
     fill(cache, 0, [(1, 0)])
-    assert cache.stats()["evicted"] > 0
-    assert cache.present(0, ngrams_of([(1, 0)])).all()
-    assert (touched == 255).sum() > 1000, "not all were looked at"
+    # One after the other moved on to the main queue; at some point one goes, hit or not.
+    present = cache.present(0, ngrams_of([(1, 0), (0, 0), (0, 4095), (0, 4096)]))
+    assert present.tolist() == [True, True, True, False]
     cache.check_integrity()
