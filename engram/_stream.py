@@ -50,7 +50,11 @@ class Pending:
                     "the sidecar did not answer in time; is it stopped, or its disk stuck?"
                 ) from None
             if isinstance(reply, EngramError):
-                raise reply
+                try:
+                    raise reply
+                finally:
+                    # Else frame and error would keep each other, and all that the callers hold.
+                    del reply
             if reply.HasField("error"):
                 raise error_of(reply.error.code, reply.error.message)
             yield reply

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 
 import numpy as np
 import pytest
+from attaching import until
 from conftest import small_v41
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,13 +26,6 @@ from engram.store.reader import StoreReader
 from engram.tiers import Ngrams, Selection
 
 SECONDS_MAX = 20
-
-
-def _until(condition):
-    deadline = time.monotonic() + SECONDS_MAX
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def some_ngrams(count, seed=0):
@@ -180,7 +173,7 @@ def test_a_chunk_is_not_used_again_before_its_late_reply(fetcher, sidecar, lease
         assert delivered.found == expected_of(ngrams)
     assert late.chunk not in {request.chunk for request in sidecar.asked[1:]}
     sidecar.replies.put(pb.FetchResponse(request_id=late.request_id))
-    _until(lambda: not fetcher.stalled)
+    until(lambda: not fetcher.stalled)
     assert free_chunks(fetcher) == lease.chunks
 
 
@@ -200,7 +193,7 @@ def test_a_refusal_is_raised_and_frees_the_chunk(fetcher, sidecar, lease):
     sidecar.reply_of = refuse
     with pytest.raises(OverloadError, match="too much waits"):
         fetcher.fetch(some_ngrams(9), Delivered(9), SECONDS_MAX)
-    _until(lambda: free_chunks(fetcher) == lease.chunks)
+    until(lambda: free_chunks(fetcher) == lease.chunks)
     assert not fetcher.stalled
 
 
@@ -232,7 +225,7 @@ def test_an_error_of_the_receiver_frees_the_chunks(fetcher, lease):
 
     with pytest.raises(KeyError):
         fetcher.fetch(some_ngrams(40), deliver, SECONDS_MAX)
-    _until(lambda: free_chunks(fetcher) == lease.chunks)
+    until(lambda: free_chunks(fetcher) == lease.chunks)
 
 
 MUTATIONS = {

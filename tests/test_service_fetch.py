@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
+from attaching import until
 from conftest import small_v41
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,15 +35,6 @@ from engram.ssd import SsdTier
 from engram.tiers import Ngrams, Prefetch, Selection
 
 TIMEOUT_S = 20
-
-
-def _until(condition):
-    import time
-
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +153,7 @@ def test_an_ngram_named_twice_does_no_harm(served, stub, lease):
     asked.MergeFrom(pb.PrefetchRequest(**told))
     (reply,) = stub.Prefetch(iter([asked]), timeout=TIMEOUT_S)
     assert not reply.HasField("error")
-    _until(lambda: served.tier.misses.counters.read()["prefetched_read"])
+    until(lambda: served.tier.misses.counters.read()["prefetched_read"])
     served.tier.cache.check_integrity()
 
 
@@ -176,7 +168,7 @@ def test_without_a_lease_nothing_is_fetched(stub, lease):
         (reply,) = stub.Fetch(iter([request_of(lease)]), timeout=TIMEOUT_S)
         return reply.error.code == pb.ERROR_CODE_UNAVAILABLE
 
-    _until(ended)
+    until(ended)
 
 
 @given(data=st.data())

@@ -156,10 +156,14 @@ class Attachments:
             try:
                 fresh = self._attach()
             except EngramError as error:
-                self.other_table = error if isinstance(error, SpecMismatchError) else None
+                self._refused(error)
                 self._closing.wait(RETRY_S)
             else:
                 self._replace(fresh)
+
+    def _refused(self, error: EngramError) -> None:
+        other = isinstance(error, SpecMismatchError)
+        self.other_table = SpecMismatchError(str(error), "fingerprint") if other else None
 
     def _attach(self) -> Attachment:
         before = self.now
