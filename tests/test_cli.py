@@ -16,7 +16,7 @@ from conftest import build_synthetic, small_qwen
 
 from engram.rows import RowFormat
 
-COMMANDS = ("import", "synth", "inspect", "verify", "serve", "bench", "demo")
+COMMANDS = ("import", "synth", "inspect", "verify", "serve", "bench", "demo", "torture")
 
 
 def engram(*arguments, **options):

@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_COMMANDS = ("import_", "synth", "inspect", "verify", "serve", "bench", "demo")
+_COMMANDS = ("import_", "synth", "inspect", "verify", "serve", "bench", "demo", "torture")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,1 @@
+"""`engram torture`: processes that check every byte while others are killed under them."""

@@ -1,0 +1,280 @@
+"""One client under torture: looks up, checks every byte of every row, and tells how it went."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from engram.errors import EngramError, UnavailableError
+from engram.ram.bundle_tier import BundleTier
+from engram.remote import connect
+from engram.rows import Rows
+from engram.table import Table
+from engram.tiers import Prefetch
+from engram.torture.checker import Checker
+from engram.torture.held import HeldSlots
+from engram.torture.reports import Reporter, Watch, described, resources
+from engram.torture.traffic import Batch, Traffic
+
+LOOKUP_TIMEOUT_S = 10.0
+WORKS = 8
+"""Kinds of work."""
+_RETRY_S = 0.1
+_RESOURCES_EVERY_S = 1.0
+_PREFETCHES_KEPT = 4
+_POISON = 0xA5
+"""What buffers hold before a lookup; a row left out would still hold it, or an older row."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a client is told.
+
+    Attributes:
+        serial: no two clients of a run have the same.
+        target, table: what to connect to.
+        table_seed: of its rows.
+        traffic_seed: of the phrases.
+        seed: of this run; with `serial` of everything random here.
+        on_unavailable: see `engram.connect`.
+        rehearses: begin with each kind of work once.
+    """
+
+    serial: int
+    target: str
+    table: str
+    table_seed: int
+    traffic_seed: int
+    seed: int
+    on_unavailable: str
+    rehearses: bool
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Told:
+        return cls(**{field.name: facts[field.name] for field in fields(cls)})
+
+
+class Client:
+    """The work of one client on an open table."""
+
+    def __init__(self, table: Table, told: Told) -> None:
+        self._table = table
+        self._rng = np.random.default_rng([told.seed, told.serial])
+        self._traffic = Traffic(table.spec, self._rng, told.traffic_seed)
+        self._told = told
+        self._prefetches: list[Prefetch] = []
+        self._room: Rows | None = None
+        self._checked = threading.local()
+        works = (
+            (30, self.prefill),
+            (30, self.decode),
+            (15, self.part),
+            (8, self.prefetched),
+            (5, self.cancelled),
+            (7, self.held),
+            (3, self.rows_by_id),
+            (2, self.together),
+        )
+        assert len(works) == WORKS
+        self._works: list[Callable[[], tuple[int, int]]] = [work for _, work in works]
+        weights = np.array([weight for weight, _ in works], np.float64)
+        self._weights = weights / weights.sum()
+
+    def works(self) -> Iterator[Callable[[], tuple[int, int]]]:
+        """Without end: functions that look up and check; each gives rows checked and wrong."""
+        if self._told.rehearses:
+            yield from self._works
+        while True:
+            yield self._works[self._rng.choice(len(self._works), p=self._weights)]
+
+    def prefill(self) -> tuple[int, int]:
+        """A long lookup."""
+        return self._look_up(self._traffic.prefill())
+
+    def decode(self) -> tuple[int, int]:
+        """A short lookup."""
+        return self._look_up(self._traffic.decode())
+
+    def part(self) -> tuple[int, int]:
+        """Some columns of some layers, in any order: a tensor-parallel rank, or one layer."""
+        table, rng = self._table, self._rng
+        layers = rng.permutation(table.layers)[: rng.integers(1, len(table.layers) + 1)]
+        columns = rng.permutation(table.columns)[: rng.integers(1, len(table.columns) + 1)]
+        return self._look_up(self._batch(), layers.tolist(), columns.tolist())
+
+    def prefetched(self) -> tuple[int, int]:
+        """Ask ahead, then look up: at once, or a moment later."""
+        batch = self._batch()
+        self._keep(self._table.prefetch(batch.tokens, batch.starts, batch.history, batch.dead))
+        time.sleep(self._rng.choice([0.0, 0.005, 0.05]))
+        return self._look_up(batch)
+
+    def cancelled(self) -> tuple[int, int]:
+        """Ask ahead and think better of it; look up all the same, half of the times."""
+        batch = self._batch()
+        handle = self._table.prefetch(batch.tokens, batch.starts, batch.history, batch.dead)
+        time.sleep(self._rng.choice([0.0, 0.002]))
+        handle.cancel()
+        return self._look_up(batch) if self._rng.random() < 0.5 else (0, 0)
+
+    def held(self) -> tuple[int, int]:
+        """Read slots in place before and after a lookup that evicts many of them."""
+        tier = self._table._tier
+        assert isinstance(tier, BundleTier)
+        batch, other = self._batch(), self._traffic.prefill()
+        windows = self._table.spec.windows(batch.tokens, batch.starts, batch.history, batch.dead)
+        row_ids = batch.row_ids(self._table.spec)
+        with tier.holding():
+            slots = HeldSlots(tier, windows)
+            before = slots.read()
+            checked, wrong = self._look_up(other)
+            after = slots.read()
+        columns = slots.columns
+        for rows in (before, after):
+            wrong += self._checker.wrong_rows(self._table.layers, row_ids, rows, columns)
+            checked += int(columns.sum()) * len(self._table.layers)
+        return checked, wrong
+
+    def rows_by_id(self) -> tuple[int, int]:
+        """Rows of one layer, for callers that hash themselves."""
+        spec = self._table.spec
+        layer = spec.layers[self._rng.integers(len(spec.layers))]
+        ids = self._rng.integers(0, layer.rows, (self._rng.integers(1, 500), 1, 1))
+        rows = self._table.lookup_rows(layer.layer, ids)
+        return ids.size, self._checker.wrong_rows([layer.layer], ids, rows)
+
+    def together(self) -> tuple[int, int]:
+        """Two lookups by two threads at once."""
+        batches = [self._batch(), self._traffic.decode()]
+        outcomes: list[Any] = [None, None]
+
+        def work(number: int) -> None:
+            try:
+                outcomes[number] = self._look_up(batches[number], shares_room=False)
+            except BaseException as error:
+                outcomes[number] = error
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return sum(rows for rows, _ in outcomes), sum(wrong for _, wrong in outcomes)
+
+    def _batch(self) -> Batch:
+        return self._traffic.prefill() if self._rng.random() < 0.5 else self._traffic.decode()
+
+    def _keep(self, handle: Prefetch) -> None:
+        self._prefetches = [*self._prefetches[1 - _PREFETCHES_KEPT :], handle]
+
+    @property
+    def _checker(self) -> Checker:
+        """Of this thread."""
+        if not hasattr(self._checked, "checker"):
+            self._checked.checker = Checker(self._told.table_seed, self._table.row_format)
+        checker: Checker = self._checked.checker
+        return checker
+
+    def _look_up(
+        self,
+        batch: Batch,
+        layers: list[int] | None = None,
+        columns: list[int] | None = None,
+        *,
+        shares_room: bool = True,
+    ) -> tuple[int, int]:
+        table = self._table
+        row_ids = batch.row_ids(table.spec)
+        layers = list(table.layers) if layers is None else layers
+        places = [table.layers.index(layer) for layer in layers]
+        row_ids = row_ids[:, places][:, :, columns if columns is not None else slice(None)]
+        out = self._buffer(row_ids.shape) if shares_room else None
+        rows = table.lookup(
+            batch.tokens, batch.starts, batch.history, batch.dead, layers, columns, out
+        )
+        return row_ids.size, self._checker.wrong_rows(layers, row_ids, rows)
+
+    def _buffer(self, shape: tuple[int, ...]) -> Rows | None:
+        """Room for rows: the last lookup's if that fits, else new and poisoned, else none."""
+        if self._room is None or self._room.shape != shape:
+            self._room = Rows.empty(shape, self._table.row_format)
+            for part in (self._room.values, self._room.scales):
+                if part is not None:
+                    part.fill(_POISON)
+        return self._room
+
+
+class _Stopping(threading.Event):
+    """Set by SIGTERM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.set()
+
+
+def run(facts: dict[str, Any]) -> None:
+    """Connect, and work until SIGTERM.
+
+    Args:
+        facts: fields of `Told`.
+    """
+    told, stopping = Told.of(facts), _Stopping()
+    reporter = Reporter(told.serial)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    reporter.say("started")
+    table = _connect(told, reporter, stopping)
+    if table is not None:
+        with table:
+            watch = Watch(lambda: table.stats()["tiers"][0], reporter)
+            watch.start()
+            _work(table, told, reporter, stopping)
+            watch.end()
+    reporter.say("stopped")
+
+
+def _connect(told: Told, reporter: Reporter, stopping: threading.Event) -> Table | None:
+    while not stopping.is_set():
+        try:
+            return connect(
+                told.target,
+                told.table,
+                timeout_s=LOOKUP_TIMEOUT_S,
+                on_unavailable=told.on_unavailable,
+            )
+        except UnavailableError:
+            reporter.say("waits")
+            stopping.wait(_RETRY_S)
+    return None
+
+
+def _work(table: Table, told: Told, reporter: Reporter, stopping: threading.Event) -> None:
+    looked_at = 0.0
+    for work in Client(table, told).works():
+        if stopping.is_set():
+            return
+        began = time.monotonic()
+        facts: dict[str, Any] = {"what": work.__name__, "rows": 0, "wrong": 0}
+        try:
+            facts["rows"], facts["wrong"] = work()
+        except EngramError as error:
+            facts["failed"] = described(error)
+        tier = table.stats()["tiers"][0]
+        counts = {name: tier[name] for name in ("hits", "misses", "fetches", "read_directly")}
+        reporter.say("worked", seconds=time.monotonic() - began, **facts, **counts)
+        if began - looked_at > _RESOURCES_EVERY_S:
+            looked_at = began
+            reporter.say("resources", **resources())
