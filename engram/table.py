@@ -92,17 +92,16 @@ class Table:
         """
         selection = self._selection(layers, columns)
         batch = self.spec.batch(tokens, starts, history, dead)
-        windows = self.spec.batch_windows(batch)
         shape = (*batch.shape, len(selection.layers), len(selection.columns))
         if out is None:
             out = Rows.empty(shape, self.row_format)
         flat = out.flat(shape, self.row_format)
         failed = 1
         try:
-            self._tier.lookup(windows, selection, flat)
+            self._tier.lookup(batch.windows, selection, flat)
             failed = 0
         finally:
-            self._counters.add(lookups=1, tokens=len(windows), lookups_failed=failed)
+            self._counters.add(lookups=1, tokens=len(batch.tokens), lookups_failed=failed)
         return out
 
     def lookup_rows(self, layer: int, row_ids: npt.ArrayLike, out: Rows | None = None) -> Rows:

@@ -105,13 +105,13 @@ def is_key(head, table, order, windows, index):
 
 @kernel
 def _slot_in(view, bucket, tag):
+    """Slot of the entry with this tag, or -1; no branch a processor could guess wrong."""
+    found = np.int64(-1)
     for entry in range(BUCKET_ENTRIES):
         word = load_relaxed(bucket + entry * 8)
-        if word >> _U64(32) == tag:
-            slot = np.int64(word & _U64(0xFFFFFFFF))
-            if slot < view.slots:
-                return slot
-    return np.int64(-1)
+        slot = np.int64(word & _U64(0xFFFFFFFF))
+        found = slot if word >> _U64(32) == tag else found
+    return found if found < view.slots else np.int64(-1)
 
 
 @kernel

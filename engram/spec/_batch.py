@@ -27,6 +27,7 @@ class Batch(NamedTuple):
         history: int32 `[B, max_order - 1]`, raw ids before each sequence, oldest first; -1 = none.
         dead: bool `[T]`, or None where no position is dead.
         shape: how results begin: the shape of the tokens that were passed.
+        windows: int32 `[T, max_order]`, see `NgramSpec.windows`.
     """
 
     tokens: Int32s
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
     history: Int32s
     dead: Bools | None
     shape: tuple[int, ...]
+    windows: Int32s
 
     @classmethod
     def of(
@@ -46,6 +48,9 @@ class Batch(NamedTuple):
         max_order: int,
         vocab_size: int,
         dead_positions: bool,
+        token_map: Int32s,
+        blocked_id: int,
+        boundary_id: int,
     ) -> Batch:
         """Check and flatten.
 
@@ -55,7 +60,9 @@ class Batch(NamedTuple):
             history: integers `[B, max_order - 1]`; without `starts` also `[max_order - 1]`, the
                 same before all sequences; None = all -1.
             dead: booleans shaped like `tokens`, or None.
-            max_order, vocab_size, dead_positions: of the spec.
+            max_order, vocab_size, dead_positions, blocked_id: of the spec.
+            token_map: of the spec, or empty.
+            boundary_id: of the spec, or -1.
 
         Raises:
             TokenError: anything else, the first bad position named.
@@ -69,13 +76,18 @@ class Batch(NamedTuple):
         before = _history_of(history, len(bounds) - 1, max_order, starts is None)
         mask = None if dead is None else _dead_of(dead, shape, dead_positions)
         flat = np.empty(ids.size, np.int32)
-        problem, where = _kernels.check_batch(
-            ids.reshape(-1),
+        windows = np.empty((ids.size, max_order), np.int32)
+        problem, where = _kernels.check_and_window(
+            ids if ids.ndim == 1 else ids.reshape(-1),
             bounds,
             before,
             _NONE_DEAD if mask is None else mask,
             vocab_size,
+            token_map,
+            blocked_id,
+            boundary_id,
             flat,
+            windows,
         )
         if problem != _kernels.VALID:
             # As they were given: what is beyond int64 was clipped.
@@ -85,7 +97,7 @@ class Batch(NamedTuple):
         if before.dtype is not _INT32:
             # Checked against the vocabulary, so nothing is lost.
             before = before.astype(np.int32)
-        return cls(flat, bounds, before, mask, shape)
+        return cls(flat, bounds, before, mask, shape, windows)
 
 
 def _integers(what: str, given: npt.ArrayLike) -> npt.NDArray[Any]:

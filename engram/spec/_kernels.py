@@ -111,6 +111,26 @@ def windows(
 
 
 @kernel
+def check_and_window(
+    tokens,
+    starts,
+    history,
+    dead,
+    vocab_size,
+    token_map,
+    blocked_id,
+    boundary_id,
+    narrowed,
+    out,
+):
+    """`check_batch` into `narrowed` and, if nothing is wrong, `windows` into `out`."""
+    problem, where = check_batch(tokens, starts, history, dead, vocab_size, narrowed)
+    if problem == VALID:
+        windows(narrowed, starts, history, token_map, blocked_id, boundary_id, out)
+    return problem, where
+
+
+@kernel
 def _row(word, constants):
     """Row id of a hash under one column's constants."""
     prime = constants[0]

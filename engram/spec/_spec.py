@@ -151,7 +151,7 @@ class NgramSpec:
         history: npt.ArrayLike | None = None,
         dead: npt.ArrayLike | None = None,
     ) -> Batch:
-        """Check a ragged batch and flatten it; see `windows` for the arguments."""
+        """Check a ragged batch, flatten and window it; see `windows` for the arguments."""
         return Batch.of(
             tokens,
             starts,
@@ -160,6 +160,9 @@ class NgramSpec:
             max_order=self.max_order,
             vocab_size=self.vocab_size,
             dead_positions=self.dead_positions,
+            token_map=self._map_array,
+            blocked_id=self.blocked_id,
+            boundary_id=-1 if self.boundary_id is None else self.boundary_id,
         )
 
     def windows(
@@ -186,21 +189,7 @@ class NgramSpec:
             TokenError: arguments of another form, or an id outside the vocabulary.
         """
         batch = self.batch(tokens, starts, history, dead)
-        return self.batch_windows(batch).reshape(*batch.shape, self.max_order)
-
-    def batch_windows(self, batch: Batch) -> Int32s:
-        """Windows of a checked batch: int32 `[T, max_order]`."""
-        out = np.empty((len(batch.tokens), self.max_order), np.int32)
-        _kernels.windows(
-            batch.tokens,
-            batch.starts,
-            batch.history,
-            self._map_array,
-            self.blocked_id,
-            -1 if self.boundary_id is None else self.boundary_id,
-            out,
-        )
-        return out
+        return batch.windows.reshape(*batch.shape, self.max_order)
 
     def row_ids(
         self,
@@ -214,7 +203,7 @@ class NgramSpec:
         Arguments and errors: as `windows`.
         """
         batch = self.batch(tokens, starts, history, dead)
-        rows = self.hash_windows(self.batch_windows(batch))
+        rows = self.hash_windows(batch.windows)
         return rows.reshape(*batch.shape, len(self.layers), self.num_columns)
 
     def hash_windows(self, windows: Int32s) -> Int64s:
