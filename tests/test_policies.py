@@ -192,6 +192,7 @@ def test_figures_become_tables(tmp_path):
         "environment": {"commit": "y"},
         "texts": {"toy": {"places": ["z"], "documents": 1}},
         "traces": {"toy": simulate.describe(run)},
+        "costs": policies.costs(),
         "policies": found,
         "page_cache": peers,
         **dict.fromkeys(("variants", "circumstances", "batches"), found),
@@ -200,3 +201,4 @@ def test_figures_become_tables(tmp_path):
     written = (tmp_path / "results.md").read_text()
     assert f"| LRU | {found[0]['late']:.4f} | {found[1]['late']:.4f} |" in written
     assert f"{peers[0]['least_gib']:.3f} GiB" in written
+    assert f"| {policies.CHOSEN.name} | yes | 6.25 |" in written

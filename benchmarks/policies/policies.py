@@ -26,7 +26,7 @@ class Policy:
         state: makes the empty state for a number of n-grams and a capacity.
         possible: whether touched counts seen at eviction suffice for it.
         slot_bytes: what the writer keeps per slot beside key and sequence.
-        ghost_bytes: the same for what is remembered without being resident.
+        ghost_bytes: the same for what is remembered without being resident, as fingerprints.
     """
 
     name: str
@@ -129,7 +129,7 @@ def doorkeeper(bits: int, ghosts: float) -> Policy:
         return empty_state(keys, limits, [(1 << bits) - 1], _NO_SKETCH)
 
     name = f"second miss, ghosts {ghosts:g}x, CLOCK {bits} bit"
-    return Policy(name, rings.touch, rings.doorkeeper, state, True, bits / 8, 4 * ghosts)
+    return Policy(name, rings.touch, rings.doorkeeper, state, True, bits / 8, 2 * ghosts)
 
 
 def s3fifo(
@@ -219,6 +219,18 @@ def variants() -> list[Policy]:
         s3fifo(cap=7),
         s3fifo(clear=True),
         *(doorkeeper(2, ghosts) for ghosts in (1.0, 4.0)),
+    ]
+
+
+def costs() -> list[dict[str, Any]]:
+    """What each policy needs to know of hits, and its bytes per slot."""
+    return [
+        {
+            "policy": each.name,
+            "possible": each.possible,
+            "slot_bytes": each.slot_bytes + each.ghost_bytes,
+        }
+        for each in main_policies()
     ]
 
 

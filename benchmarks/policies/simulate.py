@@ -199,7 +199,7 @@ def simulate(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[
     capacities = CAPACITIES_GIB[:2] if arguments.smoke else CAPACITIES_GIB
     variants = CAPACITIES_GIB[:1] if arguments.smoke else VARIANT_CAPACITIES_GIB
     caches = (0.0625,) if arguments.smoke else PAGE_CACHES_GIB
-    body: dict[str, Any] = {"texts": facts, "traces": {}}
+    body: dict[str, Any] = {"texts": facts, "traces": {}, "costs": policies.costs()}
     parts: dict[str, list[Any]] = {
         "policies": [],
         "variants": [],

@@ -47,6 +47,14 @@ def _texts(body: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _costs(found: Figures) -> list[str]:
+    lines = ["| | touched counts suffice | bytes a slot |", "|---|---|---|"]
+    for each in found:
+        possible = "yes" if each["possible"] else "no: every hit, in order"
+        lines.append(f"| {each['policy']} | {possible} | {each['slot_bytes']:.3g} |")
+    return [*lines, ""]
+
+
 def _page_cache(found: Figures) -> list[str]:
     lines = [
         "| trace | page cache | its rows missed | chosen policy needs | LRU needs | less |",
@@ -74,6 +82,10 @@ def markdown(body: dict[str, Any]) -> str:
     lines += [
         "## Policies",
         "",
+        "What each needs: whether a count of touches, read only when its slot comes up for eviction,",
+        "is all it sees of hits; and its own memory, ghosts as fingerprints included.",
+        "",
+        *_costs(body["costs"]),
         "Misses of n-gram accesses in the second half of the batches, each n-gram once a batch.",
         "",
     ]
