@@ -82,8 +82,8 @@ def markdown(body: dict[str, Any]) -> str:
     lines += [
         "## Policies",
         "",
-        "What each needs: whether a count of touches, read only when its slot comes up for eviction,",
-        "is all it sees of hits; and its own memory, ghosts as fingerprints included.",
+        "What each needs: whether a count of touches, read when a slot is up for eviction, is all",
+        "it must see of hits; and its own memory, ghosts as fingerprints included.",
         "",
         *_costs(body["costs"]),
         "Misses of n-gram accesses in the second half of the batches, each n-gram once a batch.",
