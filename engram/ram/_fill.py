@@ -39,6 +39,7 @@ from engram.ram._probe import (
     bucket_of,
     bundle_of,
     head_of,
+    ids_at,
     is_key,
     likely_slot,
     ngram_hash,
@@ -338,21 +339,20 @@ def _make_room(view, writer):
 
 
 @kernel
-def write_head(head, table, order, windows, index):
+def write_head(head, table, order, ids):
     """Write the key of an n-gram; its sequence is odd meanwhile."""
     store_u32(head + HEAD_TABLE, np.uint32(table))
     store_u32(head + HEAD_ORDER, np.uint32(order))
-    for s in range(order):
-        store_u32(head + HEAD_IDS + 4 * s, np.uint32(windows[index, s]))
+    copy_bytes(head + HEAD_IDS, ids, 4 * order)
 
 
 @kernel
-def _write_slot(view, slot, order, windows, index, bundle):
+def _write_slot(view, slot, order, ids, bundle):
     head = head_of(view, slot)
     sequence = load_relaxed(head) | _U64(1)
     store_relaxed(head, sequence)
     fence_release()
-    write_head(head, view.table, order, windows, index)
+    write_head(head, view.table, order, ids)
     copy_bytes(bundle_of(view, slot), bundle, view.slot_bytes)
     store_release(head, sequence + _U64(1))
 
@@ -381,15 +381,15 @@ def fill(packed_view, windows, orders, bundles, prefetched, writer):
     for n in range(len(orders)):
         if bundles[n] == 0 or view.slots == 0:
             continue
-        hashed = ngram_hash(view.seed, windows, n, orders[n])
+        hashed = ngram_hash(view.seed, ids_at(windows, n), orders[n])
         slot = likely_slot(view, hashed)
-        if slot >= 0 and is_key(head_of(view, slot), view.table, orders[n], windows, n):
+        if slot >= 0 and is_key(head_of(view, slot), view.table, orders[n], ids_at(windows, n)):
             continue
         if not _make_room(view, writer):
             numbers[REFUSED] += 1
             continue
         slot = np.int64(writer.free[numbers[FREE_COUNT] - 1])
-        _write_slot(view, slot, orders[n], windows, n, bundles[n])
+        _write_slot(view, slot, orders[n], ids_at(windows, n), bundles[n])
         _collect_touches(writer.readers, slot, 0)
         writer.hits[slot] = 0
         if not _link(view, hashed, slot):
@@ -441,7 +441,7 @@ def stage(packed_view, windows, orders, request_id, values, scales, target, stri
         entry = target + n * stride
         head = entry + STAGED_HEAD_BYTES
         open_entry(entry, request_id)
-        write_head(head, view.table, orders[n], windows, n)
+        write_head(head, view.table, orders[n], ids_at(windows, n))
         bundle = head + view.head_bytes
         for _ in range(view.layers):
             copy_bytes(bundle, from_values, value_bytes)
@@ -477,11 +477,11 @@ def stage_present(packed_view, windows, orders, request_id, target, stride):
     view = unpack_view(packed_view)
     missed = np.ones(len(orders), np.uint8)
     for n in range(len(orders)):
-        slot = likely_slot(view, ngram_hash(view.seed, windows, n, orders[n]))
-        if slot >= 0 and is_key(head_of(view, slot), view.table, orders[n], windows, n):
+        slot = likely_slot(view, ngram_hash(view.seed, ids_at(windows, n), orders[n]))
+        if slot >= 0 and is_key(head_of(view, slot), view.table, orders[n], ids_at(windows, n)):
             entry = target + n * stride
             open_entry(entry, request_id)
-            write_head(entry + STAGED_HEAD_BYTES, view.table, orders[n], windows, n)
+            write_head(entry + STAGED_HEAD_BYTES, view.table, orders[n], ids_at(windows, n))
             bundle = entry + STAGED_HEAD_BYTES + view.head_bytes
             copy_bytes(bundle, bundle_of(view, slot), view.slot_bytes)
             close_entry(entry)
@@ -505,5 +505,7 @@ def find_present(packed_view, windows, orders, present):
     """Set `present` bool `[N]`: which n-grams are in the arena. For the writer alone."""
     view = unpack_view(packed_view)
     for n in range(len(orders)):
-        slot = likely_slot(view, ngram_hash(view.seed, windows, n, orders[n]))
-        present[n] = slot >= 0 and is_key(head_of(view, slot), view.table, orders[n], windows, n)
+        slot = likely_slot(view, ngram_hash(view.seed, ids_at(windows, n), orders[n]))
+        present[n] = slot >= 0 and is_key(
+            head_of(view, slot), view.table, orders[n], ids_at(windows, n)
+        )

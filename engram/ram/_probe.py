@@ -33,7 +33,6 @@ from engram._jit import (
 from engram.ram.layout import (
     BUCKET_ENTRIES,
     HEAD_IDS,
-    HEAD_ORDER,
     HEAD_TABLE,
     LINE_BYTES,
     TOUCHES_MAX,
@@ -51,11 +50,22 @@ _U64 = np.uint64
 
 
 @kernel
-def ngram_hash(seed, windows, index, order):
-    """Hash of the n-gram `windows[index, :order]`."""
+def ids_at(windows, index):
+    """Address of the ids of one of the C-contiguous int32 `[N, max_order]` windows."""
+    return np.int64(windows.ctypes.data) + index * windows.shape[1] * 4
+
+
+@kernel
+def _id(ids, s):
+    return _U64(np.int32(load_u32(ids + 4 * s)))
+
+
+@kernel
+def ngram_hash(seed, ids, order):
+    """Hash of an n-gram, its ids at an address."""
     state = _U64(seed)
     for s in range(order):
-        state = mix64(state ^ _U64(windows[index, s]))
+        state = mix64(state ^ _id(ids, s))
     return state
 
 
@@ -93,14 +103,13 @@ def bundle_of(view, slot):
 
 
 @kernel
-def is_key(head, table, order, windows, index):
-    """Whether the head at this address names the n-gram `windows[index, :order]` of a table."""
-    same = load_u32(head + HEAD_TABLE) == np.uint32(table)
-    same &= load_u32(head + HEAD_ORDER) == np.uint32(order)
-    if same:
-        for s in range(order):
-            same &= load_u32(head + HEAD_IDS + 4 * s) == np.uint32(windows[index, s])
-    return same
+def is_key(head, table, order, ids):
+    """Whether a head names an n-gram of a table; both at addresses."""
+    wanted = _U64(table) | _U64(order) << _U64(32)
+    different = load_u64(head + HEAD_TABLE) ^ wanted
+    for s in range(order):
+        different |= _U64(load_u32(head + HEAD_IDS + 4 * s) ^ load_u32(ids + 4 * s))
+    return different == 0
 
 
 @kernel
@@ -129,11 +138,15 @@ def _hash_group(view, windows, order_used, first, last, hashes):
     """Stage 1 for tokens `[first, last)`."""
     orders = len(order_used)
     for token in range(first, last):
+        ids = ids_at(windows, token)
+        # An n-gram's hash goes through those of all shorter ones of its window.
+        state = ngram_hash(view.seed, ids, view.min_order - 1)
+        at = (token & _RING) * orders
         for o in range(orders):
+            state = mix64(state ^ _id(ids, view.min_order - 1 + o))
             if order_used[o]:
-                hashed = ngram_hash(view.seed, windows, token, view.min_order + o)
-                hashes[(token & _RING) * orders + o] = hashed
-                prefetch(bucket_of(view, hashed))
+                hashes[at + o] = state
+                prefetch(bucket_of(view, state))
 
 
 @kernel
@@ -141,12 +154,14 @@ def _find_group(view, order_used, first, last, hashes, slots):
     """Stage 2: `slots`, -1 where there is none, or its order is not used."""
     orders = len(order_used)
     for token in range(first, last):
+        at = (token & _RING) * orders
         for o in range(orders):
             slot = np.int64(-1)
             if order_used[o]:
-                slot = likely_slot(view, hashes[(token & _RING) * orders + o])
+                slot = likely_slot(view, hashes[at + o])
                 if slot >= 0:
                     prefetch(head_of(view, slot))
+                    prefetch(view.touched + slot)
             slots[token, o] = slot
 
 
@@ -160,11 +175,11 @@ def _ask_for(view, slot, copies, start, stop):
 
 
 @kernel
-def _copy_slot(view, slot, windows, token, o, copies, bounds, to_values, to_scales):
+def _copy_slot(view, slot, ids, o, copies, bounds, to_values, to_scales):
     """Copy what is wanted of a slot, if it can be trusted; whether it could."""
     head = head_of(view, slot)
     sequence = load_acquire(head)
-    if sequence & _U64(1) or not is_key(head, view.table, view.min_order + o, windows, token):
+    if sequence & _U64(1) or not is_key(head, view.table, view.min_order + o, ids):
         return False
     base = bundle_of(view, slot)
     for c in range(bounds[o], bounds[o + 1]):
@@ -226,8 +241,7 @@ def copy_range(
                 if slot >= 0 and _copy_slot(
                     view,
                     slot,
-                    windows,
-                    token,
+                    ids_at(windows, token),
                     o,
                     pieces,
                     bounds,
@@ -308,7 +322,7 @@ def probe(packed_view, windows, order_used, slots):
                 if not order_used[o]:
                     continue
                 slot = slots[token, o]
-                if slot >= 0 and _is_whole(view, slot, windows, token, o):
+                if slot >= 0 and _is_whole(view, slot, ids_at(windows, token), o):
                     _touch(view, slot)
                     hits += 1
                 else:
@@ -319,11 +333,11 @@ def probe(packed_view, windows, order_used, slots):
 
 
 @kernel
-def _is_whole(view, slot, windows, token, o):
+def _is_whole(view, slot, ids, o):
     """Whether a slot holds the n-gram now; it stays so only for who holds an epoch."""
     head = head_of(view, slot)
     sequence = load_acquire(head)
-    known = is_key(head, view.table, view.min_order + o, windows, token)
+    known = is_key(head, view.table, view.min_order + o, ids)
     fence_acquire()
     return known and sequence & _U64(1) == 0 and load_relaxed(head) == sequence
 
@@ -360,11 +374,11 @@ def copy_ngram_hits(
     for n in range(len(orders)):
         o = orders[n] - view.min_order
         start, stop = order_bounds[o], order_bounds[o + 1]
-        slot = likely_slot(view, ngram_hash(view.seed, windows, n, orders[n]))
+        slot = likely_slot(view, ngram_hash(view.seed, ids_at(windows, n), orders[n]))
         if slot >= 0:
             head = head_of(view, slot)
             sequence = load_acquire(head)
-            if sequence & _U64(1) == 0 and is_key(head, view.table, orders[n], windows, n):
+            if sequence & _U64(1) == 0 and is_key(head, view.table, orders[n], ids_at(windows, n)):
                 source, at = bundle_of(view, slot), row
                 for layer in layers:
                     for k in range(start, stop):

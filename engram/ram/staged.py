@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram._jit import fence_acquire, kernel, load_acquire, load_relaxed
-from engram.ram._probe import is_key
+from engram.ram._probe import ids_at, is_key
 from engram.ram.layout import HEAD_IDS, HEAD_ORDER, HEAD_TABLE, STAGED_HEAD_BYTES, BundleLayout
 from engram.tiers import Ngrams
 
@@ -58,7 +58,7 @@ def check_entries(windows, orders, table, address, stride, request_id, sequences
         if (
             sequence & np.uint64(1)
             or load_relaxed(entry) != np.uint64(request_id)
-            or not is_key(head, table, orders[n], windows, n)
+            or not is_key(head, table, orders[n], ids_at(windows, n))
         ):
             return n
     return -1
