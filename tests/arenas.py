@@ -97,6 +97,11 @@ class Arena:
         table = int(head[HEAD_TABLE : HEAD_TABLE + 4].view(np.int32)[0])
         return int(head[:8].view(np.uint64)[0]), table, tuple(ids)
 
+    def head_words(self, slot):
+        """uint64, the head itself; the first is its sequence."""
+        slab, index = self._slab(slot)
+        return slab[index * self.layout.head_bytes :][: self.layout.head_bytes].view(np.uint64)
+
     def bundle(self, slot):
         """uint8 `[slot_bytes]`, the memory itself."""
         slab, index = self._slab(slot)
@@ -192,7 +197,7 @@ class ArenaReader(BundleTier):
     def _fetch(self, ngrams, selection, deliver):
         keys = keys_of(ngrams)
         self.fetched.append(keys)
-        contents = np.stack([bundle_bytes(self.number, key, self.bundle) for key in keys])
+        contents = np.stack([self._content(key) for key in keys])
         # In two parts, the later one first: order must not matter.
         half = len(keys) // 2
         addresses = contents.ctypes.data + self.bundle.slot_bytes * np.arange(len(keys))
@@ -200,6 +205,9 @@ class ArenaReader(BundleTier):
         if half:
             deliver(0, addresses[:half])
         return Failures()
+
+    def _content(self, key):
+        return bundle_bytes(self.number, key, self.bundle)
 
     def read_rows(self, layer, row_ids, out, places):
         raise NotImplementedError
