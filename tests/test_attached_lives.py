@@ -174,6 +174,36 @@ def test_a_stopped_sidecar_is_passed_by_and_used_again(mortal, exact):
         assert stats["reattached"] == 0
 
 
+def test_a_sidecar_that_stops_in_order_is_left_without_an_error(mortal, exact):
+    tables = [engram.connect(mortal.address, on_unavailable=how) for how in ("direct", "wait")]
+    counts, over = Counter(), threading.Event()
+
+    def work(table):
+        rng = np.random.default_rng(2)
+        while not over.is_set():
+            try:
+                counts[same(table, exact, rng.integers(0, 600, 30))] += 1
+            except Exception as error:
+                counts[repr(error)] += 1
+
+    threads = [threading.Thread(target=work, args=(table,)) for table in tables]
+    for thread in threads:
+        thread.start()
+    for turn in range(2):
+        enough = counts[True] + 10
+        until(lambda enough=enough: counts[True] > enough)
+        assert mortal.stop() == 0
+        mortal.start()
+        until(lambda turn=turn: all(stats_of(t)["reattached"] == turn + 1 for t in tables))
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert set(counts) == {True}
+    assert stats_of(tables[1])["read_directly"] == 0
+    for table in tables:
+        table.close()
+
+
 def test_a_table_without_a_file_fails_when_its_sidecar_is_gone(tmp_path):
     with (
         Sidecar(tmp_path / "s.sock", {"model": {}}) as running,
