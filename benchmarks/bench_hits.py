@@ -27,6 +27,8 @@ TEXT_TOKENS = 120_000
 HITS_BAR, ALONE_BAR, ONE_BAR_US, PROBE_BAR_US, SIDECAR_BAR = 0.8, 0.6, 15, 15, 1.1
 BUNDLES_PER_TOKEN, BUNDLE_BYTES = 3, 16 * 264
 SIZES = (1, 64, 2048)
+IGNORED, COUNTED = 5, 10
+"""Calls of a block."""
 
 
 @dataclass(frozen=True)
@@ -212,12 +214,16 @@ def _no_helpers() -> Iterator[None]:
 
 
 def _turns(calls: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """Microseconds of each call, taking turns."""
-    for _ in range(3):
-        for call in calls.values():
-            call()
-    rounds = [{name: call() for name, call in calls.items()} for _ in range(runs)]
-    return {name: [each[name] for each in rounds] for name in calls}
+    """Microseconds of each call, taking turns in blocks.
+
+    After each call to torch its threads go on spinning on the other cores for a while, so that
+    whoever comes next is measured without them: the first calls of a block do not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(-(-runs // COUNTED)):
+        for name, call in calls.items():
+            times[name] += [call() for _ in range(IGNORED + COUNTED)][IGNORED:]
+    return times
 
 
 def _time(call: Callable[[], object]) -> float:

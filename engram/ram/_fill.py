@@ -103,8 +103,9 @@ class Writer(NamedTuple):
         readers: int64, address of each reader's memory.
         state: uint8 `[slots]`, where each slot is, and flags.
         hits: uint8 `[slots]`, hits collected so far, of those in the main queue.
-        small, main, limbo: int32 `[slots + 1]`, rings of slots.
-        limbo_epochs: uint64 `[slots + 1]`, the epoch in which each slot of limbo went there.
+        small, main: int32 `[slots + 1]`, rings of slots.
+        limbo: int32 `[LIMBO_MAX + 1]`, a ring of slots.
+        limbo_epochs: uint64, like `limbo`: the epoch in which each of its slots went there.
         ghosts: uint32 `[ghosts, 2]`, fingerprint and time of eviction, in sets of `GHOST_WAYS`.
         free: int32 `[slots]`, a stack.
         numbers: int64 `[NUMBERS]`.

@@ -151,6 +151,7 @@ class Cache:
         self._readers = list(self.own_readers)
         self._reserved = 0
         slots = self.layout.slots
+        limbo_max = max(4, slots // 32)
         ghosts = _fill.GHOST_WAYS * (1 + slots // _fill.GHOST_WAYS)
         self._writer = _fill.Writer(
             directories=np.array([each.address for each in self.directories], np.int64),
@@ -159,13 +160,13 @@ class Cache:
             hits=np.zeros(slots, np.uint8),
             small=np.zeros(slots + 1, np.int32),
             main=np.zeros(slots + 1, np.int32),
-            limbo=np.zeros(slots + 1, np.int32),
-            limbo_epochs=np.zeros(slots + 1, np.uint64),
+            limbo=np.zeros(limbo_max + 1, np.int32),
+            limbo_epochs=np.zeros(limbo_max + 1, np.uint64),
             ghosts=np.zeros((ghosts, 2), np.uint32),
             free=np.zeros(slots, np.int32),
             numbers=np.zeros(_fill.NUMBERS, np.int64),
         )
-        self._writer.numbers[_fill.LIMBO_MAX] = max(4, slots // 32)
+        self._writer.numbers[_fill.LIMBO_MAX] = limbo_max
         self._writer.numbers[_fill.EPOCH] = 1
         for reader in self.own_readers:
             # After a fork: an epoch held by a thread that does not exist here.
