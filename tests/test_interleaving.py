@@ -22,13 +22,14 @@ import pytest
 from arena_reader import universe
 from arenas import Arena, ArenaReader, bundle_bytes, cache_of, hash_twin, ngrams_of, tag_twin
 
-from engram.ram.layout import BundleLayout
+from engram.ram.layout import PAGE_BYTES, BundleLayout
 from engram.ram.memory import SEALS_OF_READER, Memory, _libc
 from engram.rows import Rows
 from engram.tiers import Selection
 
-BUNDLE = BundleLayout(layers=2, heads=8, value_bytes=256, scale_bytes=8, max_order=3)
-"""As large as DeepSeek-V4.1's, so that a copy takes long enough to be caught at."""
+BUNDLE = BundleLayout(layers=2, heads=8, value_bytes=512, scale_bytes=8, max_order=3)
+"""Large, so that copies take long enough to be caught at: without the second look at the sequence
+some hundred rows of these lookups were wrong."""
 KEYS = [tuple(w[:order]) for w in universe().tolist() for order in (2, 3)]
 
 
@@ -101,6 +102,7 @@ def writing(cache):
         while not over.is_set():
             fills.once()
 
+    fills.once()  # compiles
     before = cache.stats()["evicted"]
     thread = threading.Thread(target=write)
     thread.start()
@@ -115,9 +117,9 @@ def writing(cache):
 
 def test_no_row_is_ever_torn_or_anothers(pair):
     with writing(pair.cache):
-        seen = pair.ask("lookups", 200_000)
+        seen = pair.ask("lookups", 150_000)
     assert seen["wrong"] == 0
-    assert 5_000 < seen["hits"] < seen["reads"], "both hits and misses, or nothing was at stake"
+    assert 1_000 < seen["hits"] < seen["reads"], "both hits and misses, or nothing was at stake"
 
 
 def test_a_reader_that_does_not_look_twice_is_caught(pair):
@@ -169,15 +171,15 @@ def test_nobody_trusts_a_slot_whose_writer_died_in_it():
     """The writer reads the new bundle from memory that is not there, halfway through."""
     cache = cache_of(1, bundle=BUNDLE, shared=True)
     arena, old, new = Arena(cache), KEYS[1], KEYS[4]
-    source = Memory.private(2 * 4096)
+    source = Memory.private(2 * PAGE_BYTES)
     source.bytes()[:] = 0xAB
-    second_page = ctypes.c_void_p(source.address + 4096)
-    assert _libc.mprotect(second_page, ctypes.c_size_t(4096), 0) == 0
+    second_page = ctypes.c_void_p(source.address + PAGE_BYTES)
+    assert _libc.mprotect(second_page, ctypes.c_size_t(PAGE_BYTES), 0) == 0
     bundle = bundle_bytes(0, old, BUNDLE)
     cache.fill(0, ngrams_of([old]), np.array([bundle.ctypes.data]))
     assert not looked_up(cache, old)[1]
 
-    broken = np.array([source.address + 2048], np.int64)
+    broken = np.array([source.address + PAGE_BYTES // 2], np.int64)
     child = forked(lambda: cache.fill(0, ngrams_of([new]), broken))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
     assert arena.head(0) == (3, 0, new), "odd, and its key the new one's"
