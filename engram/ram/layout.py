@@ -134,16 +134,19 @@ class ArenaLayout:
     @classmethod
     def within(cls, budget: int, slot_bytes: int, head_bytes: int, tables: int) -> ArenaLayout:
         """As many slots as fit into `budget` bytes, with the directories of `tables` tables."""
-        each = slot_bytes + head_bytes
-        slots = budget // each
-        # Directories come in powers of two, pages in whole ones: shrink until all fits.
-        while slots > 0:
-            layout = cls(slot_bytes, head_bytes, _slots_per_slab(slots), slots)
-            over = layout.total_bytes(tables) - budget
-            if over <= 0:
-                return layout
-            slots -= max(1, over // each)
-        return cls(slot_bytes, head_bytes, 1, 0)
+        # Directories come in powers of two and slabs in whole pages, so there is no formula.
+        fitting, too_many = 0, 1 + budget // (slot_bytes + head_bytes)
+        while too_many - fitting > 1:
+            slots = (fitting + too_many) // 2
+            if cls._of(slots, slot_bytes, head_bytes).total_bytes(tables) <= budget:
+                fitting = slots
+            else:
+                too_many = slots
+        return cls._of(fitting, slot_bytes, head_bytes)
+
+    @classmethod
+    def _of(cls, slots: int, slot_bytes: int, head_bytes: int) -> ArenaLayout:
+        return cls(slot_bytes, head_bytes, _slots_per_slab(slots), slots)
 
     @property
     def slabs(self) -> int:
@@ -162,7 +165,7 @@ class ArenaLayout:
     @property
     def buckets(self) -> int:
         """Of one directory: a power of two, so that at most half of all entries are used."""
-        wanted = max(1, 2 * self.slots // BUCKET_ENTRIES)
+        wanted = max(1, -(-2 * self.slots // BUCKET_ENTRIES))
         return 1 << (wanted - 1).bit_length()
 
     @property
