@@ -33,6 +33,8 @@ from engram.ram.memory import SEALS_OF_READER, Memory
 CLIENTS = 4
 TIME_BAR, GROWTH_BAR_MIB, BANDWIDTH_BAR = 1.2, 64, 0.9
 SIDECAR_SHARE_BAR, SIDECAR_BAR_MIB = 1.05, 256
+MISSES_MAX = 0.001
+"""The share of n-grams that may miss where all should hit."""
 _ROOM = 1.25
 _SAMPLED_EVERY_S = 0.05
 
@@ -168,15 +170,13 @@ def _long_prompt(client: _Client, sizes: _Sizes, expected: str) -> list[Line]:
     first = client.ask(do="prompt", first=0, tokens=sizes.short)
     if first["checksum"] != expected:
         raise SystemExit("the sidecar's rows differ from the embedded table's")
-    if client.ask(do="warm")["misses"]:
-        raise SystemExit("the text does not stay in the RAM tier; give it more")
+    _require_hits([client.ask(do="warm")])
     places = np.random.default_rng(0).integers(0, sizes.text, (sizes.rounds, sizes.shorts))
-    long, short, growth, sums = [], [], [], [expected]
+    long, short, growth, misses, sums = [], [], [], [], [expected]
     for round_places in places.tolist():
         some = [client.ask(do="prompt", first=at, tokens=sizes.short) for at in round_places]
         whole = client.ask(do="prompt", first=0, tokens=sizes.long)
-        if whole["misses"] or any(each["misses"] for each in some):
-            raise SystemExit("some n-grams of the prompts were not in the RAM tier")
+        misses.append(_require_hits([whole, *some]))
         short.append(float(np.median([each["ns_per_token"] for each in some])))
         long.append(whole["ns_per_token"])
         growth.append((whole["rss_anon"] - first["rss_anon"]) / 2**20)
@@ -184,10 +184,11 @@ def _long_prompt(client: _Client, sizes: _Sizes, expected: str) -> list[Line]:
     ratio = float(np.median(np.array(long) / np.array(short)))
     return [
         Line(
-            f"a prompt of {sizes.long:,} tokens in chunks of {CHUNK_TOKENS:,}, sidecar, all hits",
+            f"a prompt of {sizes.long:,} tokens in chunks of {CHUNK_TOKENS:,}, sidecar, at most "
+            f"{max(misses):.5%} misses",
             "ns/token",
             Samples.of(long),
-            f"prompts of {sizes.short:,} tokens, all hits",
+            f"prompts of {sizes.short:,} tokens",
             Samples.of(short),
             ratio,
             f"at most {TIME_BAR} of the short ones",
@@ -204,6 +205,14 @@ def _long_prompt(client: _Client, sizes: _Sizes, expected: str) -> list[Line]:
     ]
 
 
+def _require_hits(answers: list[dict[str, Any]]) -> float:
+    """The largest share of misses."""
+    share: float = max(answer["misses"] for answer in answers)
+    if share > MISSES_MAX:
+        raise SystemExit(f"{share:.2%} of the text's n-grams do not stay in the RAM tier")
+    return share
+
+
 def _all_at_once(clients: list[_Client], sizes: _Sizes, tokens: int) -> list[Line]:
     """All clients look up hits for a while, then all copy as many bundles, in turns."""
     pieces = sizes.text // tokens
@@ -215,8 +224,7 @@ def _all_at_once(clients: list[_Client], sizes: _Sizes, tokens: int) -> list[Lin
                 first = number * pieces // len(clients)
                 client.send(do=what, seconds=sizes.seconds, tokens=tokens, first=first)
             answers = [client.answer() for client in clients]
-            if any(answer.get("misses") for answer in answers):
-                raise SystemExit("some n-grams of the text were not in the RAM tier")
+            _require_hits([{"misses": 0, **answer} for answer in answers])
             sums |= {answer["checksum"] for answer in answers if "checksum" in answer}
             total.append(sum(answer["bytes_per_s"] for answer in answers) / 2**30)
     (found,) = sums

@@ -63,15 +63,14 @@ class Client:
         self._outs: dict[int, Rows] = {}
 
     def warm(self) -> dict[str, Any]:
-        """Read the text until all of it is in the arena."""
-        for _ in range(20):
+        """Read the text until no more of it gets into the arena."""
+        misses = [len(self._text) * self._table.spec.num_orders]
+        while len(misses) < 2 or misses[-1] < misses[-2]:
             before = self._misses()
             for piece in self._text.pieces(CHUNK_TOKENS):
                 self._look_up(piece)
-            if self._misses() == before:
-                break
-        self._room(CHUNK_TOKENS)
-        return {"misses": self._misses() - before}
+            misses.append(self._misses() - before)
+        return {"misses": misses[-1] / misses[0]}
 
     def prompt(self, first: int, tokens: int) -> dict[str, Any]:
         """Read a prompt in chunks, each with the tokens before it as history."""
@@ -85,7 +84,7 @@ class Client:
         sums.append(checksum(out.values, out.scales))
         return {
             "ns_per_token": spent_us / tokens * 1000,
-            "misses": self._misses() - before,
+            "misses": self._share(before, tokens),
             "rss_anon": largest,
             "checksum": checksum(*sums),
         }
@@ -97,7 +96,7 @@ class Client:
         answer = self._for(
             seconds, tokens, lambda number: self._look_up(pieces[(first + number) % len(pieces)])
         )
-        misses = self._misses() - before
+        misses = self._share(before, answer["lookups"] * tokens)
         self._look_up(pieces[0])
         out = self._room(tokens)
         return {**answer, "misses": misses, "checksum": checksum(out.values, out.scales)}
@@ -140,13 +139,12 @@ class Client:
     def _for(self, seconds: float, tokens: int, work: Callable[[int], None]) -> dict[str, Any]:
         out = self._room(tokens)
         each = out.values.nbytes + (0 if out.scales is None else out.scales.nbytes)
-        work(0)
         began = time.perf_counter()
         number = 0
         while (now := time.perf_counter()) < began + seconds:
-            number += 1
             work(number)
-        return {"bytes_per_s": number * each / (now - began)}
+            number += 1
+        return {"bytes_per_s": number * each / (now - began), "lookups": number}
 
     def _cut(self, tokens: int) -> list[Piece]:
         if tokens not in self._pieces:
@@ -161,6 +159,10 @@ class Client:
             shape = (tokens, len(self._table.layers), len(self._table.columns))
             self._outs[tokens] = Rows.empty(shape, self._table.row_format)
         return self._outs[tokens]
+
+    def _share(self, before: int, tokens: int) -> float:
+        """Misses since there were `before`, as a share of the n-grams of so many tokens."""
+        return (self._misses() - before) / (tokens * self._table.spec.num_orders)
 
     def _misses(self) -> int:
         return int(self._table.stats()["tiers"][0]["misses"])
