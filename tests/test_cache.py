@@ -35,7 +35,7 @@ from hypothesis.stateful import (
 )
 from policy_twin import PolicyTwin
 
-from engram.ram import _fill
+from engram.ram import _policy
 from engram.ram.layout import STAGED_HEAD_BYTES
 from engram.ram.memory import Memory
 from engram.ram.staged import Staged
@@ -70,9 +70,9 @@ def require_same(cache, twin):
     arena, writer, numbers = Arena(cache), cache._writer, cache._writer.numbers
     limbo = [key for key, _ in twin.limbo]
     for ring, head, count, expected in (
-        (writer.small, _fill.SMALL_HEAD, _fill.SMALL_COUNT, twin.small),
-        (writer.main, _fill.MAIN_HEAD, _fill.MAIN_COUNT, twin.main),
-        (writer.limbo, _fill.LIMBO_HEAD, _fill.LIMBO_COUNT, limbo),
+        (writer.small, _policy.SMALL_HEAD, _policy.SMALL_COUNT, twin.small),
+        (writer.main, _policy.MAIN_HEAD, _policy.MAIN_COUNT, twin.main),
+        (writer.limbo, _policy.LIMBO_HEAD, _policy.LIMBO_COUNT, limbo),
     ):
         slots = ring[(numbers[head] + np.arange(numbers[count])) % len(ring)].tolist()
         assert [arena.head(slot)[1:] for slot in slots] == list(expected)

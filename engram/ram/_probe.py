@@ -25,15 +25,20 @@ from engram._jit import (
     load_acquire,
     load_relaxed,
     load_u8,
-    load_u32,
-    load_u64,
     prefetch,
     store_u8,
 )
+from engram.ram._directory import (
+    bucket_of,
+    bundle_of,
+    head_of,
+    id_of,
+    ids_at,
+    is_key,
+    likely_slot,
+    ngram_hash,
+)
 from engram.ram.layout import (
-    BUCKET_ENTRIES,
-    HEAD_IDS,
-    HEAD_TABLE,
     LINE_BYTES,
     TOUCHES_MAX,
     WORD_HITS,
@@ -50,90 +55,6 @@ _U64 = np.uint64
 
 
 @kernel
-def ids_at(windows, index):
-    """Address of the ids of one of the C-contiguous int32 `[N, max_order]` windows."""
-    return np.int64(windows.ctypes.data) + index * windows.shape[1] * 4
-
-
-@kernel
-def _id(ids, s):
-    return _U64(np.int32(load_u32(ids + 4 * s)))
-
-
-@kernel
-def ngram_hash(seed, ids, order):
-    """Hash of an n-gram, its ids at an address."""
-    state = _U64(seed)
-    for s in range(order):
-        state = mix64(state ^ _id(ids, s))
-    return state
-
-
-@kernel
-def tag_of(hashed):
-    """The tag an entry of this hash has: never 0."""
-    return (hashed >> _U64(32)) | _U64(1)
-
-
-@kernel
-def bucket_of(view, hashed):
-    """Address of the first bucket."""
-    return view.directory + np.int64(hashed & _U64(view.bucket_mask)) * LINE_BYTES
-
-
-@kernel
-def second_bucket_of(view, hashed):
-    """Address of the other bucket."""
-    other = (hashed ^ mix64(tag_of(hashed))) & _U64(view.bucket_mask)
-    return view.directory + np.int64(other) * LINE_BYTES
-
-
-@kernel
-def head_of(view, slot):
-    """Address of a slot's head."""
-    slab = np.int64(load_u64(view.slabs + (slot >> view.slab_shift) * 8))
-    return slab + (slot & ((1 << view.slab_shift) - 1)) * view.head_bytes
-
-
-@kernel
-def bundle_of(view, slot):
-    """Address of a slot's bundle."""
-    slab = np.int64(load_u64(view.slabs + (slot >> view.slab_shift) * 8))
-    return slab + view.heads_bytes + (slot & ((1 << view.slab_shift) - 1)) * view.slot_bytes
-
-
-@kernel
-def is_key(head, table, order, ids):
-    """Whether a head names an n-gram of a table; both at addresses."""
-    wanted = _U64(table) | _U64(order) << _U64(32)
-    different = load_u64(head + HEAD_TABLE) ^ wanted
-    for s in range(order):
-        different |= _U64(load_u32(head + HEAD_IDS + 4 * s) ^ load_u32(ids + 4 * s))
-    return different == 0
-
-
-@kernel
-def _slot_in(view, bucket, tag):
-    """Slot of the entry with this tag, or -1; no branch a processor could guess wrong."""
-    found = np.int64(-1)
-    for entry in range(BUCKET_ENTRIES):
-        word = load_relaxed(bucket + entry * 8)
-        slot = np.int64(word & _U64(0xFFFFFFFF))
-        found = slot if word >> _U64(32) == tag else found
-    return found if found < view.slots else np.int64(-1)
-
-
-@kernel
-def likely_slot(view, hashed):
-    """The slot that an entry with this hash's tag names, or -1; its key is to be compared."""
-    tag = tag_of(hashed)
-    slot = _slot_in(view, bucket_of(view, hashed), tag)
-    if slot < 0:
-        slot = _slot_in(view, second_bucket_of(view, hashed), tag)
-    return slot
-
-
-@kernel
 def _hash_group(view, windows, order_used, first, last, hashes):
     """Stage 1 for tokens `[first, last)`."""
     orders = len(order_used)
@@ -143,7 +64,7 @@ def _hash_group(view, windows, order_used, first, last, hashes):
         state = ngram_hash(view.seed, ids, view.min_order - 1)
         at = (token & _RING) * orders
         for o in range(orders):
-            state = mix64(state ^ _id(ids, view.min_order - 1 + o))
+            state = mix64(state ^ id_of(ids, view.min_order - 1 + o))
             if order_used[o]:
                 hashes[at + o] = state
                 prefetch(bucket_of(view, state))
@@ -395,86 +316,3 @@ def copy_ngram_hits(
         row += len(layers) * (stop - start)
     _count(view, True, hits, len(orders) - hits)
     return missed
-
-
-@kernel
-def deliver_ngrams(
-    packed_view,
-    orders,
-    bundles,
-    layers,
-    columns,
-    ordered,
-    order_bounds,
-    places,
-    values,
-    scales,
-):
-    """Copy rows out of bundles that nobody writes any more, for n-grams with places of their own.
-
-    Args:
-        bundles: int64 `[N]`, address of each n-gram's bundle, 0 where there is none.
-        others: as `copy_ngram_hits`.
-    """
-    view = unpack_view(packed_view)
-    values_at, scales_at = np.int64(values.ctypes.data), np.int64(scales.ctypes.data)
-    row = 0
-    for n in range(len(orders)):
-        o = orders[n] - view.min_order
-        start, stop = order_bounds[o], order_bounds[o + 1]
-        if bundles[n] == 0:
-            row += len(layers) * (stop - start)
-            continue
-        for layer in layers:
-            for k in range(start, stop):
-                column_head = columns[ordered[k]] % view.heads
-                copy_row_of(view, bundles[n], layer, column_head, values_at, scales_at, places[row])
-                row += 1
-
-
-@kernel
-def deliver(missed, number, bundles, orders, copies, bounds, values, scales, tokens):
-    """Copy rows out of bundles that nobody writes any more to all tokens that missed them.
-
-    Args:
-        missed: int64 `[M]`, token * orders + order of each miss.
-        number: int64 `[M]`, which of the bundles it wants.
-        bundles: int64, addresses, 0 where there is none.
-        orders: how many the table has.
-        tokens: in the batch.
-        others: as `copy_hits`.
-    """
-    value_stride, scale_stride = values.size // tokens, scales.size // tokens
-    values_at, scales_at = np.int64(values.ctypes.data), np.int64(scales.ctypes.data)
-    for m in range(len(missed)):
-        bundle = bundles[number[m]]
-        if bundle == 0:
-            continue
-        token, o = missed[m] // orders, missed[m] % orders
-        for c in range(bounds[o], bounds[o + 1]):
-            if copies[c, 1]:
-                target = scales_at + token * scale_stride
-            else:
-                target = values_at + token * value_stride
-            copy_bytes(target + copies[c, 2], bundle + copies[c, 0], copies[c, 3])
-
-
-@kernel
-def collect_missed(windows, min_order, order_used, slots, missed, found, found_orders):
-    """List the n-grams that were missed, one for each token that did.
-
-    Args:
-        slots: int64 `[T, orders]` after `copy_hits`.
-        missed: int64 `[M]`, set to token * orders + order.
-        found, found_orders: int32 `[M, max_order]`, all -1, and `[M]`.
-    """
-    orders = len(order_used)
-    m = 0
-    for token in range(len(windows)):
-        for o in range(orders):
-            if order_used[o] and slots[token, o] < 0:
-                missed[m] = token * orders + o
-                for s in range(min_order + o):
-                    found[m, s] = windows[token, s]
-                found_orders[m] = min_order + o
-                m += 1

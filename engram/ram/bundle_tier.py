@@ -10,7 +10,7 @@ import numpy as np
 
 from engram._failures import Failures
 from engram._ngrams import number_ngrams
-from engram.ram import _crew, _probe
+from engram.ram import _crew, _deliver, _probe
 from engram.ram.copies import Copies
 from engram.ram.epochs import Epochs
 from engram.ram.layout import BundleLayout
@@ -91,7 +91,7 @@ class BundleTier(Tier):
             np.full((misses, windows.shape[1]), -1, np.int32), np.empty(misses, np.int32)
         )
         missed = np.empty(misses, np.int64)
-        _probe.collect_missed(
+        _deliver.collect_missed(
             windows,
             selection.min_order,
             copies.order_used,
@@ -106,7 +106,7 @@ class BundleTier(Tier):
         def deliver(first: int, addresses: Int64s) -> None:
             bundles = np.zeros(len(ngrams), np.int64)
             bundles[first : first + len(addresses)] = addresses
-            _probe.deliver(
+            _deliver.deliver(
                 missed,
                 number,
                 bundles,
@@ -148,7 +148,7 @@ class BundleTier(Tier):
         def deliver(first: int, addresses: Int64s) -> None:
             bundles = np.zeros(len(wanted), np.int64)
             bundles[first : first + len(addresses)] = addresses
-            _probe.deliver_ngrams(
+            _deliver.deliver_ngrams(
                 view, wanted.orders, bundles, *chosen, wanted_places, values, scales
             )
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from engram.errors import ConfigError
-from engram.ram import _fill
+from engram.ram import _fill, _policy, _staging
 from engram.ram.layout import (
     ABI,
     MAGIC,
@@ -119,7 +119,7 @@ class Cache:
                 return
             first = slab * layout.slots_per_slab
             with self.lock:
-                _fill.add_slots(
+                _policy.add_slots(
                     self._writer, first, min(first + layout.slots_per_slab, layout.slots)
                 )
                 self._reserved += 1
@@ -152,11 +152,11 @@ class Cache:
         self._reserved = 0
         slots = self.layout.slots
         limbo_max = max(4, slots // 32)
-        ghosts = _fill.GHOST_WAYS * (1 + slots // _fill.GHOST_WAYS)
-        self._writer = _fill.Writer(
+        ghosts = _policy.GHOST_WAYS * (1 + slots // _policy.GHOST_WAYS)
+        self._writer = _policy.Writer(
             directories=np.array([each.address for each in self.directories], np.int64),
             readers=self._addresses(),
-            state=np.full(slots, _fill.UNUSABLE, np.uint8),
+            state=np.full(slots, _policy.UNUSABLE, np.uint8),
             hits=np.zeros(slots, np.uint8),
             small=np.zeros(slots + 1, np.int32),
             main=np.zeros(slots + 1, np.int32),
@@ -164,10 +164,10 @@ class Cache:
             limbo_epochs=np.zeros(limbo_max + 1, np.uint64),
             ghosts=np.zeros((ghosts, 2), np.uint32),
             free=np.zeros(slots, np.int32),
-            numbers=np.zeros(_fill.NUMBERS, np.int64),
+            numbers=np.zeros(_policy.NUMBERS, np.int64),
         )
-        self._writer.numbers[_fill.LIMBO_MAX] = limbo_max
-        self._writer.numbers[_fill.EPOCH] = 1
+        self._writer.numbers[_policy.LIMBO_MAX] = limbo_max
+        self._writer.numbers[_policy.EPOCH] = 1
         for reader in self.own_readers:
             # After a fork: an epoch held by a thread that does not exist here.
             reader.words(WORD_EPOCH + 1)[WORD_EPOCH] = 0
@@ -234,7 +234,7 @@ class Cache:
         """Write staged entries of the n-grams that are here; uint8 `[N]`, 1 for the others."""
         stride = self.bundles[number].staged_bytes
         with self.lock:
-            missed: np.ndarray[Any, np.dtype[np.uint8]] = _fill.stage_present(
+            missed: np.ndarray[Any, np.dtype[np.uint8]] = _staging.stage_present(
                 self.views[number], ngrams.windows, ngrams.orders, request_id, target, stride
             )
         return missed
@@ -253,19 +253,19 @@ class Cache:
     def stats(self) -> dict[str, int]:
         """Slots by place, and counts since the start."""
         with self.lock:
-            _fill.settle_prefetches(self._writer)
+            _policy.settle_prefetches(self._writer)
             numbers = self._writer.numbers.tolist()
         layout = self.layout
         return {
             "capacity_bytes": layout.total_bytes(len(self._tables)) if layout.slots else 0,
             "slots": layout.slots,
-            "slots_used": numbers[_fill.SMALL_COUNT] + numbers[_fill.MAIN_COUNT],
-            "slots_in_limbo": numbers[_fill.LIMBO_COUNT],
-            "admitted": numbers[_fill.ADMITTED],
-            "not_admitted": numbers[_fill.REFUSED],
-            "evicted": numbers[_fill.EVICTED],
-            "prefetched_useful": numbers[_fill.USEFUL],
-            "prefetched_wasted": numbers[_fill.WASTED],
+            "slots_used": numbers[_policy.SMALL_COUNT] + numbers[_policy.MAIN_COUNT],
+            "slots_in_limbo": numbers[_policy.LIMBO_COUNT],
+            "admitted": numbers[_policy.ADMITTED],
+            "not_admitted": numbers[_policy.REFUSED],
+            "evicted": numbers[_policy.EVICTED],
+            "prefetched_useful": numbers[_policy.USEFUL],
+            "prefetched_wasted": numbers[_policy.WASTED],
         }
 
     def check_integrity(self) -> None:
@@ -276,13 +276,13 @@ class Cache:
     def _check_integrity(self) -> None:
         writer, numbers = self._writer, self._writer.numbers
         queues = [
-            _held(writer.small, numbers[_fill.SMALL_HEAD], numbers[_fill.SMALL_COUNT]),
-            _held(writer.main, numbers[_fill.MAIN_HEAD], numbers[_fill.MAIN_COUNT]),
-            _held(writer.limbo, numbers[_fill.LIMBO_HEAD], numbers[_fill.LIMBO_COUNT]),
-            writer.free[: numbers[_fill.FREE_COUNT]],
-            np.flatnonzero(writer.state == _fill.UNUSABLE),
+            _held(writer.small, numbers[_policy.SMALL_HEAD], numbers[_policy.SMALL_COUNT]),
+            _held(writer.main, numbers[_policy.MAIN_HEAD], numbers[_policy.MAIN_COUNT]),
+            _held(writer.limbo, numbers[_policy.LIMBO_HEAD], numbers[_policy.LIMBO_COUNT]),
+            writer.free[: numbers[_policy.FREE_COUNT]],
+            np.flatnonzero(writer.state == _policy.UNUSABLE),
         ]
-        places = (_fill.SMALL, _fill.MAIN, _fill.LIMBO, _fill.FREE, _fill.UNUSABLE)
+        places = (_policy.SMALL, _policy.MAIN, _policy.LIMBO, _policy.FREE, _policy.UNUSABLE)
         for queue, place in zip(queues, places, strict=True):
             assert ((writer.state[queue] & 0x0F) == place).all()
         everything = np.concatenate(queues)

@@ -11,6 +11,7 @@ Prefetches wait in a queue of their own and are read in small parts, only while 
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -25,7 +26,7 @@ from engram._counters import Counters
 from engram._failures import Failures
 from engram._ngrams import number_ngrams
 from engram.errors import EngramError, OverloadError, RowIntegrityError
-from engram.ram import _fill
+from engram.ram import _staging
 from engram.ram.cache import Cache
 from engram.ram.layout import STAGED_HEAD_BYTES
 from engram.ram.memory import Memory
@@ -93,6 +94,7 @@ class MissPath:
         self._turn = threading.Lock()
         self._state = threading.Condition(threading.Lock())
         self._waiting: list[_Request] = []
+        self._taken: list[_Request] = []
         self._scratch: Memory | None = None
         self._rows: Rows | None = None
 
@@ -115,8 +117,18 @@ class MissPath:
             StoreError: the tier below cannot be read.
         """
         request = _Request(ngrams, target, request_id)
+        try:
+            self._enqueue(request)
+            self._have_served(request, timeout_s)
+        except BaseException:
+            self._withdraw(request)
+            raise
+        if request.error is not None:
+            raise request.error
+        return request.failures
+
+    def _have_served(self, request: _Request, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        self._enqueue(request)
         while not request.served:
             if not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
                 self._give_up(request)
@@ -125,12 +137,27 @@ class MissPath:
                 continue
             try:
                 if not request.served:
-                    self._serve(self._take())
+                    self._take()
+                    self._serve(self._taken)
             finally:
-                self._turn.release()
-        if request.error is not None:
-            raise request.error
-        return request.failures
+                self._end_turn()
+
+    def _withdraw(self, request: _Request) -> None:
+        """Nothing is written for it once this returns."""
+        with self._state:
+            if request in self._waiting:
+                self._waiting.remove(request)
+                self._state.notify_all()
+            elif request in self._taken:
+                self._state.wait_for(lambda: request.served)
+
+    def _end_turn(self) -> None:
+        with self._state:
+            for request in self._taken:
+                request.served = True
+            self._taken = []
+            self._state.notify_all()
+        self._turn.release()
 
     def _enqueue(self, request: _Request) -> None:
         with self._state:
@@ -154,8 +181,8 @@ class MissPath:
             "the time limit passed before the rows could be read; the device cannot keep up"
         )
 
-    def _take(self) -> list[_Request]:
-        """The next requests, as many as one turn reads."""
+    def _take(self) -> None:
+        """Take the next requests, as many as one turn reads."""
         with self._state:
             count, total = 0, 0
             for request in self._waiting:
@@ -163,8 +190,9 @@ class MissPath:
                 if count and total > TURN_NGRAMS:
                     break
                 count += 1
-            taken, self._waiting = self._waiting[:count], self._waiting[count:]
-        return taken
+            self._taken, self._waiting = self._waiting[:count], self._waiting[count:]
+            for request in self._taken:
+                request.error = OverloadError("the reading was interrupted; try again")
 
     def _serve(self, requests: Sequence[_Request]) -> None:
         try:
@@ -175,16 +203,10 @@ class MissPath:
                 self._serve_together(requests)
         except EngramError as error:
             for request in requests:
-                request.error = type(error)(*error.args)
-        except BaseException:
+                request.error = copy.copy(error)
+        else:
             for request in requests:
-                request.error = OverloadError("the reading was interrupted; try again")
-            raise
-        finally:
-            for request in requests:
-                request.served = True
-            with self._state:
-                self._state.notify_all()
+                request.error = None
 
     def _serve_together(self, requests: Sequence[_Request]) -> None:
         """Read what several ask for once, then copy it to each."""
@@ -202,7 +224,7 @@ class MissPath:
         at = 0
         for request in requests:
             mine = addresses[at : at + len(request.ngrams)]
-            _fill.copy_staged(mine, request.target, stride, request.request_id)
+            _staging.copy_staged(mine, request.target, stride, request.request_id)
             at += len(mine)
             if failures:
                 request.failures = self._failures_among(request.ngrams, failures)
@@ -223,7 +245,7 @@ class MissPath:
         wanted = ngrams.take(absent)
         rows, failures = self._read_bundles(wanted)
         stride = self._bundle.staged_bytes
-        _fill.stage(
+        _staging.stage(
             self._cache.views[self._number],
             ngrams.windows,
             ngrams.orders,

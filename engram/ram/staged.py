@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram._jit import fence_acquire, kernel, load_acquire, load_relaxed
-from engram.ram._probe import ids_at, is_key
+from engram.ram._directory import ids_at, is_key
 from engram.ram.layout import HEAD_IDS, HEAD_ORDER, HEAD_TABLE, STAGED_HEAD_BYTES, BundleLayout
 from engram.tiers import Ngrams
 

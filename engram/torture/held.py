@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engram._jit import kernel
-from engram.ram import _probe
+from engram.ram import _deliver, _directory
 from engram.ram.bundle_tier import BundleTier
 from engram.ram.layout import unpack_view
 from engram.rows import Rows
@@ -31,19 +31,15 @@ class HeldSlots:
         """bool `[T, columns]`: whose rows are in the arena."""
         return np.repeat(self._slots >= 0, self._tier.spec.heads, axis=1)
 
-    def read(self) -> Rows:
-        """Rows `[T, layers, columns]` as they are in the arena now; others are unspecified."""
+    def read(self, rows: Rows) -> None:
+        """Copy rows `[T, layers, columns]` as they are now; others stay as they are."""
         spec, slots = self._tier.spec, self._slots.reshape(-1)
-        rows = Rows.empty(
-            (len(self._slots), len(spec.layers), spec.num_columns), self._tier.row_format
-        )
         found = np.flatnonzero(slots >= 0)
         addresses = np.empty(len(found), np.int64)
         _bundle_addresses(self._view, slots[found], addresses)
-        selection = Selection.of(spec)
-        copies = self._tier._copies_of(selection)
-        flat = rows.flat(rows.shape, self._tier.row_format)
-        _probe.deliver(
+        copies = self._tier._copies_of(Selection.of(spec))
+        flat = rows.flat(self.shape, self._tier.row_format)
+        _deliver.deliver(
             found,
             np.arange(len(found)),
             addresses,
@@ -54,11 +50,15 @@ class HeldSlots:
             _NO_SCALES if flat.scales is None else flat.scales,
             len(self._slots),
         )
-        return rows
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Tokens, layers, columns."""
+        return len(self._slots), len(self._tier.spec.layers), self._tier.spec.num_columns
 
 
 @kernel
 def _bundle_addresses(packed_view, slots, addresses):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     view = unpack_view(packed_view)
     for n in range(len(slots)):
-        addresses[n] = _probe.bundle_of(view, slots[n])
+        addresses[n] = _directory.bundle_of(view, slots[n])
