@@ -42,32 +42,23 @@ class Checker:
             checked: bool `[T, columns]`: which rows to check; all when None.
         """
         wrong = 0
-        for position, layer in enumerate(layers):
-            ids, values = row_ids[:, position], rows.values[:, position]
-            scales = None if rows.scales is None else rows.scales[:, position]
-            if checked is not None:
-                ids, values = ids[checked], values[checked]
-                scales = None if scales is None else scales[checked]
-            wrong += self._wrong_in(
-                layer, np.ascontiguousarray(ids).reshape(-1), _flat(values), _flat(scales)
-            )
+        step = max(1, _CHUNK_ROWS // row_ids.shape[2])
+        for first in range(0, len(row_ids), step):
+            some = slice(first, first + step)
+            mask = slice(None) if checked is None else checked[some]
+            for position, layer in enumerate(layers):
+                values = rows.values[some, position][mask]
+                scales = None if rows.scales is None else rows.scales[some, position][mask]
+                wrong += self._wrong_in(layer, row_ids[some, position][mask], values, scales)
         return wrong
 
     def _wrong_in(self, layer: int, ids: Int64s, values: Bytes, scales: Bytes | None) -> int:
-        wrong = 0
+        """As `wrong_rows`, of one layer: ids of any shape, bytes of that shape."""
         split = self._row_format.value_bytes
-        for first in range(0, len(ids), _CHUNK_ROWS):
-            some = ids[first : first + _CHUNK_ROWS]
-            chunk = slice(first, first + len(some))
-            expected = self._expected[: len(some)]
-            fill_synthetic_rows(self._table_seed, self._row_format, layer, some, expected)
-            bad = (values[chunk] != expected[:, :split]).any(axis=1)
-            if scales is not None:
-                bad |= (scales[chunk] != expected[:, split:]).any(axis=1)
-            wrong += int(bad.sum())
-        return wrong
-
-
-def _flat(part: Bytes | None) -> Bytes:
-    """uint8 `[R, bytes]`."""
-    return part if part is None else part.reshape(-1, part.shape[-1])  # type: ignore[return-value]
+        expected = self._expected[: ids.size]
+        flat_ids = np.ascontiguousarray(ids).reshape(-1)
+        fill_synthetic_rows(self._table_seed, self._row_format, layer, flat_ids, expected)
+        wrong = (values.reshape(-1, values.shape[-1]) != expected[:, :split]).any(axis=1)
+        if scales is not None:
+            wrong |= (scales.reshape(-1, scales.shape[-1]) != expected[:, split:]).any(axis=1)
+        return int(wrong.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from engram.tiers import Prefetch
 from engram.torture.checker import Checker
 from engram.torture.held import HeldSlots
 from engram.torture.reports import Reporter, Watch, described, resources
-from engram.torture.traffic import Batch, Traffic
+from engram.torture.traffic import PREFILL_TOKENS, Batch, Traffic
 
 LOOKUP_TIMEOUT_S = 10.0
 WORKS = 8
@@ -31,7 +32,6 @@ _RETRY_S = 0.1
 _RESOURCES_EVERY_S = 1.0
 _PREFETCHES_KEPT = 4
 _POISON = 0xA5
-"""What buffers hold before a lookup; a row left out would still hold it, or an older row."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,25 @@ class Told:
         return cls(**{field.name: facts[field.name] for field in fields(cls)})
 
 
+class _Room:
+    """A buffer for the largest lookup, used again and again: a row that a lookup leaves out would
+    still hold poison, or a row of another lookup."""
+
+    def __init__(self, table: Table) -> None:
+        self._row_format = table.row_format
+        rows = PREFILL_TOKENS[1] * len(table.layers) * len(table.columns)
+        self._all = Rows.empty((rows,), table.row_format)
+        for part in (self._all.values, self._all.scales):
+            if part is not None:
+                part.fill(_POISON)
+
+    def rows(self, shape: tuple[int, ...]) -> Rows:
+        """Its first rows, as many as fit `shape`."""
+        count = math.prod(shape)
+        scales = None if self._all.scales is None else self._all.scales[:count]
+        return Rows(self._all.values[:count], scales).reshape(shape)
+
+
 class Client:
     """The work of one client on an open table."""
 
@@ -71,7 +90,7 @@ class Client:
         self._traffic = Traffic(table.spec, self._rng, told.traffic_seed)
         self._told = told
         self._prefetches: list[Prefetch] = []
-        self._room: Rows | None = None
+        self._rooms = [_Room(table) for _ in range(3)]
         self._checked = threading.local()
         works = (
             (30, self.prefill),
@@ -134,11 +153,12 @@ class Client:
         row_ids = batch.row_ids(self._table.spec)
         with tier.holding():
             slots = HeldSlots(tier, windows)
-            before = slots.read()
+            readings = [room.rows(slots.shape) for room in self._rooms[1:]]
+            slots.read(readings[0])
             checked, wrong = self._look_up(other)
-            after = slots.read()
+            slots.read(readings[1])
         columns = slots.columns
-        for rows in (before, after):
+        for rows in readings:
             wrong += self._checker.wrong_rows(self._table.layers, row_ids, rows, columns)
             checked += int(columns.sum()) * len(self._table.layers)
         return checked, wrong
@@ -199,20 +219,11 @@ class Client:
         layers = list(table.layers) if layers is None else layers
         places = [table.layers.index(layer) for layer in layers]
         row_ids = row_ids[:, places][:, :, columns if columns is not None else slice(None)]
-        out = self._buffer(row_ids.shape) if shares_room else None
+        out = self._rooms[0].rows(row_ids.shape) if shares_room else None
         rows = table.lookup(
             batch.tokens, batch.starts, batch.history, batch.dead, layers, columns, out
         )
         return row_ids.size, self._checker.wrong_rows(layers, row_ids, rows)
-
-    def _buffer(self, shape: tuple[int, ...]) -> Rows | None:
-        """Room for rows: the last lookup's if that fits, else new and poisoned, else none."""
-        if self._room is None or self._room.shape != shape:
-            self._room = Rows.empty(shape, self._table.row_format)
-            for part in (self._room.values, self._room.scales):
-                if part is not None:
-                    part.fill(_POISON)
-        return self._room
 
 
 class _Stopping(threading.Event):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import selectors
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -112,7 +113,7 @@ class _Run:
         self._waiting: dict[int, ClientState] = {}
         self._waiting_fetch: dict[int, ClientState] = {}
         self._began = time.monotonic()
-        self._hang_after_s = _REHEARSAL_S_MAX
+        self._rehearses = True
         self._nursery = NurseryProcess(str(place), self._log)
         self._selector.register(self._nursery.lines.descriptor, selectors.EVENT_READ)
         facts = {
@@ -128,6 +129,7 @@ class _Run:
     def all(self) -> None:
         """Rehearse, hurt, wind down, with measurements in between."""
         self._rehearse()
+        self._rehearses = False
         self.tally.sidecar_before = self._without_clients()
         self.tally.forget()
         for number in range(self._plan.clients):
@@ -148,9 +150,7 @@ class _Run:
         self._until(
             lambda: len(self.tally.work) == WORKS, _REHEARSAL_S_MAX, "the first client gets nowhere"
         )
-        assert self._sidecar is not None
-        self._selector.unregister(self._sidecar.lines.descriptor)
-        self._sidecar.kill()
+        self._end_sidecar()
         done = self.tally.work.total()
         self._until(
             lambda: self.tally.work.total() > done + WORKS,
@@ -164,7 +164,6 @@ class _Run:
             "the first client is not attached again",
         )
         self._until_time(time.monotonic() + _WARM_UP_S)
-        self._hang_after_s = self._plan.hang_after_s
 
     def _schedule(self) -> None:
         plan, began = self._plan, self._began
@@ -188,14 +187,18 @@ class _Run:
             return self._agenda.at(now + _READY_S_MIN / 4, self._kill_sidecar)
         self._note_sidecar(sidecar)
         self._late(now)
-        self._selector.unregister(sidecar.lines.descriptor)
-        sidecar.kill()
-        self._sidecar = None
+        self._end_sidecar()
         self.tally.faults["sidecar killed"] += 1
         if self._rng.random() < 0.5:
             self._start_sidecar()
         else:
             self._agenda.at(time.monotonic() + self._rng.uniform(0.3, 3.0), self._start_sidecar)
+
+    def _end_sidecar(self) -> None:
+        sidecar, self._sidecar = self._sidecar, None
+        if sidecar is not None:
+            self._selector.unregister(sidecar.lines.descriptor)
+            sidecar.kill()
 
     def _note_sidecar(self, sidecar: SidecarProcess) -> None:
         with suppress(OSError):
@@ -322,16 +325,19 @@ class _Run:
     def _client_exited(self, client: ClientState, told: dict[str, Any]) -> None:
         del self._clients.alive[client.serial]
         self._forget(client)
-        if client.ending and told["status"] in (0, -9):
-            return
+        if client.ending and told["status"] in (0, -signal.SIGKILL, -signal.SIGTERM):
+            return  # by SIGTERM if that came before it was ready for one
+        if self._rehearses:
+            raise TortureError(f"the first client died by itself with status {told['status']}")
         self.tally.problems.append(f"a client died by itself with status {told['status']}")
         if not client.ending:
             self._clients.start(client.place)
 
     def _look_for_hangs(self) -> None:
         now = time.monotonic()
+        patience_s = _REHEARSAL_S_MAX if self._rehearses else self._plan.hang_after_s
         for client in self._clients.running():
-            if now - client.heard_at > self._hang_after_s:
+            if now - client.heard_at > patience_s:
                 self.tally.problems.append(
                     f"a client said nothing for {now - client.heard_at:.0f} s"
                 )
@@ -369,9 +375,7 @@ class _Run:
 
     def end(self) -> None:
         """End all processes; safe at any point."""
-        if self._sidecar is not None:
-            self._sidecar.kill()
-            self._sidecar = None
+        self._end_sidecar()
         self._nursery.end()
         self._selector.close()
 

@@ -1,0 +1,206 @@
+"""`engram torture`, short: nothing wrong comes out, and what is wrong is noticed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from array_source import SCHEMA, array_source
+from conftest import small_v41
+from test_cli import engram
+
+from engram.errors import ConfigError
+from engram.store.writer import build_table
+from engram.torture import leaks
+from engram.torture.checker import Checker
+from engram.torture.client import WORKS, Client, Told
+from engram.torture.plan import Agenda, Plan, moments
+from engram.torture.reports import Reporter, resources
+from engram.torture.table import TortureTable
+from engram.torture.tally import Tally
+from engram.torture.traffic import Traffic
+
+SLOW_MACHINE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A small table with seed 5."""
+    path = tmp_path_factory.mktemp("torture") / "table"
+    return TortureTable.make(path, 12 << 20, 5)
+
+
+def test_nobody_minds_being_killed(table):
+    done = engram(
+        *("torture", "--minutes", 0.15, "--clients", 3, "--kill-sidecar-every", 3),
+        *("--stop-client-every", 2, "--table", table.path, "--recovery-max", SLOW_MACHINE_S),
+        "--json",
+    )
+    facts = json.loads(done.stdout)
+    assert done.returncode == 0, facts
+    assert facts["sound"] is True
+    assert facts["rows_wrong"] == 0
+    assert facts["lookups_failed"] == {}
+    assert facts["rows_checked"] > 10_000
+    assert facts["faults"]["sidecar killed"] >= 1
+    assert facts["faults"]["client killed"] >= 3
+    assert facts["ngrams"]["hits"] > 0
+    assert facts["ngrams"]["fetches"] > 0
+    assert facts["ngrams"]["read_directly"] > 0
+
+
+def _works(table, opened, table_seed):
+    told = Told(0, "", "", table_seed, 1, 2, "direct", rehearses=True)
+    return list(itertools.islice(Client(opened, told).works(), WORKS))
+
+
+def test_every_kind_of_work_finds_right_rows_right_and_wrong_rows_wrong(table):
+    import engram as package
+
+    with package.open(table.path, ram="1MiB") as opened:
+        warm = _works(table, opened, table.seed)[0]
+        warm()
+        for work in _works(table, opened, table.seed):
+            checked, wrong = work()
+            assert wrong == 0, work.__name__
+            assert checked > 0 or work.__name__ == "cancelled"
+        for work in _works(table, opened, table.seed ^ 1):
+            checked, wrong = work()
+            assert wrong == checked, work.__name__
+
+
+@pytest.mark.parametrize("part", ["values", "scales"])
+def test_the_checker_finds_one_bit(table, part):
+    import engram as package
+
+    with package.open(table.path, ram=0) as opened:
+        batch = Traffic(opened.spec, np.random.default_rng(0), 1).decode()
+        rows = opened.lookup(batch.tokens, batch.starts, batch.history)
+        ids = batch.row_ids(opened.spec)
+        checker = Checker(table.seed, opened.row_format)
+        assert checker.wrong_rows(opened.layers, ids, rows) == 0
+        getattr(rows, part)[0, 1, 7, 3] ^= 0x10
+        assert checker.wrong_rows(opened.layers, ids, rows) == 1
+        looked_at = np.ones((len(batch.tokens), len(opened.columns)), np.bool_)
+        assert checker.wrong_rows(opened.layers, ids, rows, looked_at) == 1
+        looked_at[0, 7] = False
+        assert checker.wrong_rows(opened.layers, ids, rows, looked_at) == 0
+
+
+def test_traffic_repeats_itself_for_a_seed_and_shares_what_is_frequent(table):
+    spec = small_v41()
+
+    def tokens(seed):
+        traffic = Traffic(spec, np.random.default_rng(seed), 9)
+        batches = [traffic.prefill() for _ in range(20)] + [traffic.decode() for _ in range(20)]
+        return np.concatenate([batch.tokens for batch in batches]), batches
+
+    one, batches = tokens(1)
+    assert np.array_equal(one, tokens(1)[0])
+    other, _ = tokens(2)
+    pairs = [set(zip(text[:-1].tolist(), text[1:].tolist(), strict=True)) for text in (one, other)]
+    assert len(pairs[0] & pairs[1]) > len(pairs[0]) / 10
+    for batch in batches:
+        assert batch.row_ids(spec).shape == (len(batch.tokens), 2, spec.num_columns)
+    assert {len(batch.starts) - 1 for batch in batches[:20]} <= {1, 2, 3, 4}
+    assert any(batch.dead is not None for batch in batches)
+
+
+def test_only_synthetic_tables_can_be_checked(table, tmp_path):
+    with pytest.raises(ConfigError, match="4MiB"):
+        TortureTable.make(tmp_path / "t", 1000, 0)
+    build_table(tmp_path / "other", SCHEMA, array_source())
+    with pytest.raises(ConfigError, match="no synthetic table"):
+        TortureTable.at(tmp_path / "other")
+
+
+def test_faults_come_when_the_plan_says():
+    rng = np.random.default_rng(4)
+    kills = list(moments(rng, 8.0, 600.0))
+    assert 70 <= len(kills) <= 80
+    assert all(6.4 <= gap <= 9.6 for gap in np.diff(kills))
+    assert kills == list(moments(np.random.default_rng(4), 8.0, 600.0))
+    assert list(moments(rng, 0.0, 600.0)) == []
+    done = []
+    agenda = Agenda()
+    for number, when in enumerate((3.0, 1.0, 2.0, 1e12)):
+        agenda.at(when, done.append, number)
+    agenda.run_due()
+    assert done == [1, 2, 0]
+    assert agenda.wait_s(5.0) == 5.0
+
+
+def _worked(**facts):
+    told = {"client": 1, "what": "decode", "rows": 10, "wrong": 0, "seconds": 0.1}
+    counts = dict.fromkeys(("hits", "misses", "fetches", "read_directly"), 1)
+    return {**told, **counts, **facts}
+
+
+@pytest.mark.parametrize(
+    ("on_unavailable", "facts", "problem"),
+    [
+        ("direct", {}, None),
+        ("direct", {"wrong": 2}, "2 rows were wrong"),
+        ("direct", {"rows": 0}, "no row was checked"),
+        ("direct", {"failed": "UnavailableError: gone"}, "failed with UnavailableError"),
+        ("wait", {"failed": "OverloadError: full"}, "failed with OverloadError"),
+        ("fail", {"failed": "StreamLostError: gone"}, None),
+        ("fail", {"failed": "RowIntegrityError: layer 1"}, "failed with RowIntegrityError"),
+    ],
+)
+def test_what_is_wrong_is_named(on_unavailable, facts, problem):
+    tally = Tally()
+    tally.worked(_worked(**facts))
+    tally.judge(Plan(on_unavailable=on_unavailable))
+    assert len(tally.problems) == (problem is not None)
+    assert problem is None or problem in tally.problems[0]
+    assert tally.facts()["sound"] == (problem is None)
+
+
+def test_late_recoveries_and_growth_are_named():
+    tally = Tally()
+    tally.worked(_worked())
+    tally.recoveries_s = [0.2, 1.4]
+    tally.sidecar_before = {"descriptors": 40, "private_bytes": 100 << 20}
+    tally.sidecar_after = {"descriptors": 50, "private_bytes": 120 << 20}
+    tally.gathered = [{"descriptors": 9, "private_bytes": n << 22} for n in range(60)]
+    tally.judge(Plan())
+    late, descriptors, memory = tally.problems
+    assert "1.40 s" in late
+    assert "a sidecar gathered descriptors: 40 at first, 50 in the end" in descriptors
+    assert "a client gathered private bytes" in memory
+
+
+def test_shared_memory_is_traced_to_its_holders():
+    from engram.ram.memory import SEALS_OF_WRITER, Memory
+
+    memory = Memory.shared("engram-test", 4096, SEALS_OF_WRITER)
+    mine = leaks.shared_memory_of(os.getpid())
+    assert os.fstat(memory.descriptor).st_ino in mine
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    try:
+        assert child in leaks.mappers_of(mine)
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert leaks.mappers_of(mine) == []
+
+
+def test_reports_are_whole_lines():
+    reading, writing = os.pipe()
+    Reporter(3, writing).say("worked", rows=2)
+    told = json.loads(os.read(reading, 1 << 16))
+    assert (told["client"], told["event"], told["rows"]) == (3, "worked", 2)
+    assert told["at"] > 0
+    before = resources()["descriptors"]
+    os.close(reading)
+    assert resources()["descriptors"] == before - 1
+    os.close(writing)
+    with pytest.raises(FileNotFoundError):
+        resources(2**22 + 1)
