@@ -1,4 +1,4 @@
-"""Lookups through the sidecar over a Unix socket, taking turns with the same lookup embedded."""
+"""Rows over gRPC on a Unix socket, taking turns with the same lookup embedded; nothing cached."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from report import Line, Samples
 import engram
 from engram.bench import checksum, random_tokens
 from engram.demo.sidecar import sidecar
+from engram.remote import RemoteTier
 from engram.table import Table
 
 CLIENTS = 4
@@ -26,9 +27,9 @@ def run(path: Path, smoke: bool) -> list[Line]:
     runs = 5 if smoke else 301
     with (
         tempfile.TemporaryDirectory() as folder,
-        sidecar(Path(folder) / "engram.sock", {"table": path}) as target,
-        engram.open(path, guard=True) as embedded,
-        engram.connect(target) as remote,
+        sidecar(Path(folder) / "engram.sock", {"table": path}, ram="0") as target,
+        engram.open(path, ram=0, guard=True) as embedded,
+        Table(RemoteTier(target)) as remote,
     ):
         lines = [_one_row(remote, embedded, runs)]
         lines += _tokens(remote, embedded, 64, runs)
@@ -113,7 +114,7 @@ def _clients(target: str, embedded: Table, count: int, runs: int) -> Line:
 
 def client(target: str, count: int, runs: int, seed: int) -> None:
     """One of several client processes: says when it is ready, and waits for a line."""
-    with engram.connect(target) as table:
+    with Table(RemoteTier(target)) as table:
         tokens = random_tokens(table.spec, count, seed)
         out = table.lookup(tokens)
         print("ready", flush=True)

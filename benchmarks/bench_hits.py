@@ -89,11 +89,14 @@ def _first_after_attach(target: str, text: Text, smoke: bool) -> list[Line]:
     """The first lookups of clients that just attached, to pages not mapped yet."""
     times = []
     for number in range(3 if smoke else 15):
-        step = next(text.steps(64, number))
         with engram.connect(target) as table:
-            out = _room(table, 64)
-            times.append(_time(lambda: table.lookup(*step, out=out)))
+            times.append(_first(table, text, number))
     return [Line("first lookup after attaching, 64 tokens, hits", "us", Samples.of(times))]
+
+
+def _first(table: Table, text: Text, number: int) -> float:
+    step, out = next(text.steps(64, number)), _room(table, 64)
+    return _time(lambda: table.lookup(*step, out=out))
 
 
 def _wait_until_populated(table: Table, text: Text) -> None:

@@ -24,7 +24,7 @@ def warm(path: Path, smoke: bool) -> list[Line]:
     runs = 5 if smoke else 301
     lines = []
     for guard, how in ((True, "map under the guard"), (False, "pread")):
-        with engram.open(path, guard=guard) as table:
+        with engram.open(path, ram=0, guard=guard) as table:
             tokens = random_tokens(table.spec, 64, seed=3)
             out = table.lookup(tokens)
             rows = out.values[..., 0].size

@@ -11,7 +11,10 @@ from pathlib import Path
 import bench_hash
 import bench_hits
 import bench_import
+import bench_long
 import bench_lookup
+import bench_misses
+import bench_peers
 from report import Line, save, show
 
 from engram.demo.corpus import tokenizer_file
@@ -22,6 +25,13 @@ from engram.store.synth import SyntheticSource
 from engram.store.writer import build_table
 
 PARTS = ("hash", "hits", "peers", "misses", "long", "warm", "cold", "grpc", "import")
+
+ON_ONE_TABLE = {
+    "hits": bench_hits,
+    "peers": bench_peers,
+    "misses": bench_misses,
+    "long": bench_long,
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -52,10 +62,11 @@ def _run(parts: list[str], place: Path, smoke: bool) -> list[Line]:
     lines: list[Line] = []
     if "hash" in parts:
         lines += bench_hash.run(smoke)
-    if {"hits", "warm", "cold", "grpc"} & set(parts):
+    if {"hits", "peers", "misses", "long", "warm", "cold", "grpc"} & set(parts):
         table = _table(place / "table", 2_000 if smoke else 320_000)
-        if "hits" in parts:
-            lines += bench_hits.run(table, smoke)
+        for part, module in ON_ONE_TABLE.items():
+            if part in parts:
+                lines += module.run(table, smoke)
         if "warm" in parts:
             lines += bench_lookup.warm(table, smoke)
         if "grpc" in parts:

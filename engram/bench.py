@@ -89,13 +89,14 @@ def hash_cost(spec: NgramSpec, tokens: int = 8192, runs: int = 21) -> Figure:
     )
 
 
-def warm_lookup(table: Table, tokens: int, runs: int = 101) -> Figure:
-    """Lookups of the same random n-grams out of the page cache, in us a lookup."""
+def repeated_lookup(table: Table, tokens: int, what: str, runs: int = 101) -> Figure:
+    """Lookups of the same random n-grams, in us a lookup: out of the RAM tier or, where it holds
+    nothing, out of the page cache."""
     ids = random_tokens(table.spec, tokens, seed=2)
     out = table.lookup(ids)
     seconds = time_calls(lambda _: table.lookup(ids, out=out), runs, warm_up=10)
     return Figure.of(
-        f"warm lookup, {tokens:,} tokens",
+        f"{what}, {tokens:,} tokens",
         "us",
         [s * 1e6 for s in seconds],
         checksum(out.values, out.scales),
@@ -112,7 +113,7 @@ def cold_rate(path: Path, tokens: int, batch: int, run: int, *, guard: bool) -> 
     Returns:
         The rate, and a checksum of the rows.
     """
-    with open(path, guard=guard) as table:
+    with open(path, ram=0, guard=guard) as table:
         ids = random_tokens(table.spec, tokens, seed=1000 + run)
         rows_per_token = len(table.layers) * len(table.columns)
         out = Rows.empty((batch, len(table.layers), len(table.columns)), table.row_format)

@@ -17,10 +17,11 @@ def register(app: typer.Typer) -> None:
         ),
         as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
     ) -> None:
-        """Measure hashing, warm and cold lookups of a table: medians, least and greatest.
+        """Measure hashing, hits, warm and cold lookups of a table: medians, least and greatest.
 
-        Warm lookups repeat the same n-grams out of the page cache; cold ones read fresh n-grams
-        after the file was dropped from it. Tokens are uniform: the worst case for any cache.
+        Hits repeat n-grams that are in the RAM tier, warm lookups such as are in the page cache;
+        cold ones read fresh n-grams after the file was dropped from it. Tokens are uniform: the
+        worst case for any cache.
 
         Example: engram bench /srv/engram/qwen
         """
@@ -32,7 +33,11 @@ def register(app: typer.Typer) -> None:
 
         with open(path, guard=guard) as table:
             figures = [measure.hash_cost(table.spec)]
-            figures += [measure.warm_lookup(table, tokens) for tokens in (1, 64, 2048)]
+            figures += [measure.repeated_lookup(table, tokens, "hits") for tokens in (1, 64, 2048)]
+        with open(path, ram=0, guard=guard) as table:
+            figures += [
+                measure.repeated_lookup(table, tokens, "warm lookup") for tokens in (1, 64, 2048)
+            ]
         for batch in (64, 2048):
             runs = [
                 measure.cold_rate(path, max(batch, 2048), batch, run, guard=guard)
