@@ -91,7 +91,7 @@ class MissPath:
         _ALL.add(self)
 
     def _renew(self) -> None:
-        self._turn = threading.Lock()
+        self._reading: object = None
         self._state = threading.Condition(threading.Lock())
         self._waiting: list[_Request] = []
         self._taken: list[_Request] = []
@@ -117,47 +117,18 @@ class MissPath:
             StoreError: the tier below cannot be read.
         """
         request = _Request(ngrams, target, request_id)
+        deadline = time.monotonic() + timeout_s
         try:
             self._enqueue(request)
-            self._have_served(request, timeout_s)
+            while self._await_turn(request, deadline):
+                self._serve(self._taken)
+                self._end_turn()
         except BaseException:
             self._withdraw(request)
             raise
         if request.error is not None:
             raise request.error
         return request.failures
-
-    def _have_served(self, request: _Request, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not request.served:
-            if not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                self._give_up(request)
-                # It is being read: its memory must not be left before that has ended.
-                deadline = time.monotonic() + timeout_s
-                continue
-            try:
-                if not request.served:
-                    self._take()
-                    self._serve(self._taken)
-            finally:
-                self._end_turn()
-
-    def _withdraw(self, request: _Request) -> None:
-        """Nothing is written for it once this returns."""
-        with self._state:
-            if request in self._waiting:
-                self._waiting.remove(request)
-                self._state.notify_all()
-            elif request in self._taken:
-                self._state.wait_for(lambda: request.served)
-
-    def _end_turn(self) -> None:
-        with self._state:
-            for request in self._taken:
-                request.served = True
-            self._taken = []
-            self._state.notify_all()
-        self._turn.release()
 
     def _enqueue(self, request: _Request) -> None:
         with self._state:
@@ -170,29 +141,57 @@ class MissPath:
                 )
             self._waiting.append(request)
 
-    def _give_up(self, request: _Request) -> None:
+    def _await_turn(self, request: _Request, deadline: float) -> bool:
+        """True when it is this caller's turn to read for all in `_taken`; False once served."""
         with self._state:
-            if request not in self._waiting:
-                return
-            self._waiting.remove(request)
-            self._state.notify_all()
-        self.counters.add(requests_refused=1)
-        raise OverloadError(
-            "the time limit passed before the rows could be read; the device cannot keep up"
-        )
+            while self._reading is not None and not request.served:
+                left = deadline - time.monotonic()
+                if left > 0:
+                    self._state.wait(left)
+                elif request in self._waiting:
+                    self.counters.add(requests_refused=1)
+                    raise OverloadError(
+                        "the time limit passed before the rows could be read; the device cannot "
+                        "keep up"
+                    )
+                else:
+                    # It is being read: its memory must not be left before that has ended.
+                    self._state.wait()
+            if request.served:
+                return False
+            self._reading = request
+            self._take()
+        return True
 
     def _take(self) -> None:
         """Take the next requests, as many as one turn reads."""
+        count, total = 0, 0
+        for request in self._waiting:
+            total += len(request.ngrams)
+            if count and total > TURN_NGRAMS:
+                break
+            count += 1
+        self._taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        for request in self._taken:
+            request.error = OverloadError("the reading was interrupted; try again")
+
+    def _end_turn(self) -> None:
         with self._state:
-            count, total = 0, 0
-            for request in self._waiting:
-                total += len(request.ngrams)
-                if count and total > TURN_NGRAMS:
-                    break
-                count += 1
-            self._taken, self._waiting = self._waiting[:count], self._waiting[count:]
             for request in self._taken:
-                request.error = OverloadError("the reading was interrupted; try again")
+                request.served = True
+            self._taken, self._reading = [], None
+            self._state.notify_all()
+
+    def _withdraw(self, request: _Request) -> None:
+        """Nothing is written for it once this returns."""
+        if self._reading is request:
+            self._end_turn()
+        with self._state:
+            if request in self._waiting:
+                self._waiting.remove(request)
+                self._state.notify_all()
+            elif request in self._taken:
+                self._state.wait_for(lambda: request.served)
 
     def _serve(self, requests: Sequence[_Request]) -> None:
         try:
@@ -319,12 +318,15 @@ class MissPath:
     def _prefetch(self, ngrams: Ngrams, handle: Prefetch) -> None:
         for at in range(0, len(ngrams), PREFETCH_NGRAMS):
             with self._state:
-                self._state.wait_for(lambda: not self._waiting)
-            if handle.cancelled or self._closed:
-                self.counters.add(prefetches_cancelled=1)
-                return
-            with self._turn:
+                self._state.wait_for(lambda: self._reading is None and not self._waiting)
+                if handle.cancelled or self._closed:
+                    self.counters.add(prefetches_cancelled=1)
+                    return
+                self._reading = handle
+            try:
                 self._prefetch_part(ngrams.take(slice(at, at + PREFETCH_NGRAMS)))
+            finally:
+                self._end_turn()
 
     def _prefetch_part(self, ngrams: Ngrams) -> None:
         present = self._cache.present(self._number, ngrams)
