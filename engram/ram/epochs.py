@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 
-from engram._jit import fence_full, kernel, load_acquire, store_relaxed, store_release
+from engram._jit import fence_full, kernel, load_acquire, store_release
 from engram.ram.layout import WORD_EPOCH
 from engram.ram.memory import Memory
 
@@ -14,7 +14,8 @@ from engram.ram.memory import Memory
 @kernel
 def _publish(reader, directory):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     epoch = load_acquire(directory + WORD_EPOCH * 8)
-    store_relaxed(reader + WORD_EPOCH * 8, epoch)
+    # Released: the writer that sees it takes what was held before for read.
+    store_release(reader + WORD_EPOCH * 8, epoch)
     # Against the writer's fence between unlinking slots and looking at this word.
     fence_full()
     return epoch
