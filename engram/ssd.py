@@ -20,6 +20,7 @@ from engram.tiers import Int64s, Ngrams, Prefetch, Selection, Tier
 PENDING_NGRAMS_MAX = 1 << 18
 """N-grams that may wait to be prefetched."""
 _TOUCHED_NGRAMS = 4096
+_STARTED_NGRAMS = 16
 
 
 def schema_of(spec: NgramSpec, row_format: RowFormat) -> Schema:
@@ -107,6 +108,12 @@ class SsdTier(Tier):
         else:
             self._counters.add(prefetches_dropped=1)
         return handle
+
+    def start(self, ngrams: Ngrams) -> None:
+        if len(ngrams) and self._reader.waits:
+            self._reader.touch(
+                *self._rows_of(ngrams.take(slice(0, _STARTED_NGRAMS)), self._everything)
+            )
 
     def _touch(self, ngrams: Ngrams, handle: Prefetch) -> None:
         # In parts, so that a long prompt's row ids never stand in memory all at once.

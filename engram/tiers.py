@@ -220,6 +220,10 @@ class Tier(ABC):
         """Bring rows of `ngrams` closer, in the background; returns at once and never raises for
         rows that cannot be read (a later `read` does)."""
 
+    def start(self, ngrams: Ngrams) -> None:  # noqa: B027 - a tier that never waits has none
+        """Start the first reads of n-grams that are about to be asked for, if reads have to be
+        waited for; returns at once."""
+
     @abstractmethod
     def stats(self) -> dict[str, Any]:
         """Counters since the start, by name; plain ints and strings."""

@@ -215,6 +215,11 @@ class StoreReader:
         place = np.searchsorted(self._geometry.pages[order], pages, side="right") - 1
         self._geometry.refused[order[place[place >= 0]]] = 1
 
+    @property
+    def waits(self) -> bool:
+        """Whether the last gather ended with rows that were not in the page cache."""
+        return self._calm < gather.CALM_ROWS
+
     def touch(self, layers: npt.NDArray[np.int32], row_ids: npt.NDArray[np.int64]) -> None:
         """Start bringing rows into the page cache, arguments as in `gather`.
 

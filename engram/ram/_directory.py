@@ -25,6 +25,8 @@ from engram.ram.layout import (
 )
 from engram.store.checks import mix64
 
+_CROWDED = 6
+"""Entries in use from which on an n-gram's other bucket is considered, too."""
 _U64 = np.uint64
 
 
@@ -129,21 +131,29 @@ def likely_slot(view, hashed):
 
 
 @kernel
-def _free_entry(bucket):
-    """Address of a free entry, or 0."""
+def _room(bucket):
+    """(entries in use, address of a free one or 0)."""
+    used, free = 0, np.int64(0)
     for entry in range(BUCKET_ENTRIES):
-        if not load_relaxed(bucket + entry * 8):
-            return bucket + entry * 8
-    return np.int64(0)
+        if load_relaxed(bucket + entry * 8):
+            used += 1
+        else:
+            free = bucket + entry * 8
+    return used, free
 
 
 @kernel
 def link(view, hashed, slot):
-    """Enter a slot in its first bucket that has room, so that most are found in the first line
-    looked at; False if both are full."""
-    free = _free_entry(bucket_of(view, hashed))
-    if free == 0:
-        free = _free_entry(second_bucket_of(view, hashed))
+    """Enter a slot; False if both its buckets are full.
+
+    In the first bucket while that is not crowded, because most are then found in the first line
+    looked at; else in the emptier one, because otherwise both fill up.
+    """
+    used, free = _room(bucket_of(view, hashed))
+    if used >= _CROWDED:
+        other_used, other_free = _room(second_bucket_of(view, hashed))
+        if other_used < used:
+            free = other_free
     if free == 0:
         return False
     store_release(free, (tag_of(hashed) << _U64(32)) | _U64(slot))

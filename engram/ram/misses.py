@@ -52,6 +52,7 @@ class _Request:
     ngrams: Ngrams
     target: int
     request_id: int
+    then: Ngrams | None
     failures: Failures = field(default_factory=Failures)
     error: EngramError | None = None
     served: bool = False
@@ -99,7 +100,13 @@ class MissPath:
         self._rows: Rows | None = None
 
     def read(
-        self, ngrams: Ngrams, target: int, *, request_id: int = 0, timeout_s: float = 30.0
+        self,
+        ngrams: Ngrams,
+        target: int,
+        *,
+        request_id: int = 0,
+        timeout_s: float = 30.0,
+        then: Ngrams | None = None,
     ) -> Failures:
         """Write the staged entry of each n-gram (see `engram.ram.layout`).
 
@@ -108,6 +115,8 @@ class MissPath:
             target: address of the first entry; the others follow.
             request_id: for the entries.
             timeout_s: longest wait for the reading to begin.
+            then: what this caller will ask for next; the device gets to it while bundles of
+                `ngrams` are handed out.
 
         Returns:
             The rows that failed; every other row of every bundle is valid.
@@ -116,7 +125,7 @@ class MissPath:
             OverloadError: too much waits already, or the wait was too long.
             StoreError: the tier below cannot be read.
         """
-        request = _Request(ngrams, target, request_id)
+        request = _Request(ngrams, target, request_id, then)
         deadline = time.monotonic() + timeout_s
         try:
             self._enqueue(request)
@@ -197,7 +206,9 @@ class MissPath:
         try:
             if len(requests) == 1:
                 (only,) = requests
-                only.failures = self._stage(only.ngrams, only.target, only.request_id)
+                only.failures = self._stage(
+                    only.ngrams, only.target, only.request_id, then=only.then
+                )
             else:
                 self._serve_together(requests)
         except EngramError as error:
@@ -234,7 +245,13 @@ class MissPath:
         return self._scratch
 
     def _stage(
-        self, ngrams: Ngrams, target: int, request_id: int, *, prefetched: bool = False
+        self,
+        ngrams: Ngrams,
+        target: int,
+        request_id: int,
+        *,
+        then: Ngrams | None = None,
+        prefetched: bool = False,
     ) -> Failures:
         """Write entries from the arena or the tier below, and keep those that were read."""
         missed = self._cache.stage_present(self._number, ngrams, target, request_id)
@@ -243,6 +260,8 @@ class MissPath:
             return Failures()
         wanted = ngrams.take(absent)
         rows, failures = self._read_bundles(wanted)
+        if then is not None:
+            self._backing.start(then)
         stride = self._bundle.staged_bytes
         _staging.stage(
             self._cache.views[self._number],
@@ -323,19 +342,23 @@ class MissPath:
                     self.counters.add(prefetches_cancelled=1)
                     return
                 self._reading = handle
+            part, then = (
+                ngrams.take(slice(first, first + PREFETCH_NGRAMS))
+                for first in (at, at + PREFETCH_NGRAMS)
+            )
             try:
-                self._prefetch_part(ngrams.take(slice(at, at + PREFETCH_NGRAMS)))
+                self._prefetch_part(part, then)
             finally:
                 self._end_turn()
 
-    def _prefetch_part(self, ngrams: Ngrams) -> None:
+    def _prefetch_part(self, ngrams: Ngrams, then: Ngrams) -> None:
         present = self._cache.present(self._number, ngrams)
         late = int(present.sum())
         absent = np.flatnonzero(~present)
         self.counters.add(prefetched_late=late, prefetched_read=len(absent))
         wanted = ngrams.take(absent)
         try:
-            self._stage(wanted, self._scratch_memory().address, 0, prefetched=True)
+            self._stage(wanted, self._scratch_memory().address, 0, then=then, prefetched=True)
         except EngramError:
             # Nobody waits for these rows; the lookup that does will name them.
             self.counters.add(prefetched_failed=len(absent))

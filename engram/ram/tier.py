@@ -66,8 +66,11 @@ class RamTier(BundleTier):
         room = self._spare.pop() if self._spare else Memory.private(FETCH_NGRAMS * stride)
         try:
             for first in range(0, len(ngrams), FETCH_NGRAMS):
-                some = ngrams.take(slice(first, first + FETCH_NGRAMS))
-                failed = self.misses.read(some, room.address)
+                some, then = (
+                    ngrams.take(slice(at, at + FETCH_NGRAMS))
+                    for at in (first, first + FETCH_NGRAMS)
+                )
+                failed = self.misses.read(some, room.address, then=then)
                 failures.add(failed.rows, failed.cause)
                 deliver(first, room.address + bundle + stride * np.arange(len(some)))
         finally:
