@@ -31,10 +31,19 @@ MIN_ORDER, ORDERS = 2, 2
 _MASK = 2**64 - 1
 
 
-def cache_of(slots, tables=1, *, bundle=BUNDLE, shared=False, seed=1, slots_per_slab=16):
+def cache_of(
+    slots,
+    tables=1,
+    *,
+    bundle=BUNDLE,
+    min_order=MIN_ORDER,
+    shared=False,
+    seed=1,
+    slots_per_slab=16,
+):
     """A cache of exactly so many slots, in several slabs, its hashes seeded for good."""
     layout = ArenaLayout(bundle.slot_bytes, bundle.head_bytes, slots_per_slab, slots)
-    known = [CachedTable(f"{n:032x}", MIN_ORDER, bundle) for n in range(tables)]
+    known = [CachedTable(f"{n:032x}", min_order, bundle) for n in range(tables)]
     with mock.patch.object(cache_module.secrets, "randbits", return_value=seed):
         return Cache(known, layout, shared=shared)
 
@@ -160,10 +169,10 @@ class ArenaReader(BundleTier):
 
     name = "arena"
 
-    def __init__(self, cache, number=0, *, memory=None):
+    def __init__(self, cache, number=0, *, min_order=MIN_ORDER, memory=None):
         super().__init__()
         self.bundle = cache.bundles[number]
-        self.spec = SimpleNamespace(num_orders=ORDERS)
+        self.spec = SimpleNamespace(num_orders=self.bundle.max_order + 1 - min_order)
         self.number = number
         self.fetched = []
         self.memory = cache.own_readers[number] if memory is None else memory
@@ -173,7 +182,7 @@ class ArenaReader(BundleTier):
         self.packed_view = pack_view(
             cache.layout,
             self.bundle,
-            MIN_ORDER,
+            min_order,
             directory=self._directory.address,
             seed=cache.seed,
             table=number,
