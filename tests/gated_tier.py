@@ -145,7 +145,8 @@ class Asked:
         """Every entry must be an answer, and every bundle right but those of the keys `but`."""
         assert self.error is None
         number = self.tier.number
-        staged = Staged(self.ngrams, number, BUNDLE, self.memory.address, self.request_id)
+        signed_id = int(np.uint64(self.request_id).astype(np.int64))  # what kernels take
+        staged = Staged(self.ngrams, number, BUNDLE, self.memory.address, signed_id)
         assert staged.whole()
         entries = self.memory.bytes().reshape(-1, BUNDLE.staged_bytes)
         for entry, key in zip(entries, keys_of(self.ngrams), strict=True):

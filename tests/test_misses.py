@@ -66,6 +66,16 @@ def test_each_ngram_is_read_once_for_all_who_ask(tier):
     assert counts["ngrams_shared"] == 6 * 30 - 55
 
 
+def test_request_ids_may_use_all_64_bits(tier):
+    first = held_up(tier, some_ngrams(0, 3))
+    others = [Asked(tier, some_ngrams(2, 3), request_id=n) for n in (2**64 - 1, 2**63, 1)]
+    waiting(tier, 3)
+    tier.backing.gate.open()
+    for asked in (first, *others):
+        asked.done().require_staged()
+    Asked(tier, some_ngrams(0, 9), request_id=2**64 - 2).done().require_staged()
+
+
 def test_without_an_arena_those_who_wait_together_still_share():
     tier = ram_tier(0)
     first = held_up(tier, some_ngrams(100, 1))

@@ -125,7 +125,9 @@ class MissPath:
             OverloadError: too much waits already, or the wait was too long.
             StoreError: the tier below cannot be read.
         """
-        request = _Request(ngrams, target, request_id, then)
+        # Kernels take int64; ids use all 64 bits.
+        signed_id = int(np.uint64(request_id).astype(np.int64))
+        request = _Request(ngrams, target, signed_id, then)
         deadline = time.monotonic() + timeout_s
         try:
             self._enqueue(request)
