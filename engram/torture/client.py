@@ -173,12 +173,12 @@ class Client:
 
     def together(self) -> tuple[int, int]:
         """Two lookups by two threads at once."""
-        batches = [self._batch(), self._traffic.decode()]
+        batches = [self._batch(), self._batch()]
         outcomes: list[Any] = [None, None]
 
         def work(number: int) -> None:
             try:
-                outcomes[number] = self._look_up(batches[number], shares_room=False)
+                outcomes[number] = self._look_up(batches[number], room=number)
             except BaseException as error:
                 outcomes[number] = error
 
@@ -212,14 +212,14 @@ class Client:
         layers: list[int] | None = None,
         columns: list[int] | None = None,
         *,
-        shares_room: bool = True,
+        room: int = 0,
     ) -> tuple[int, int]:
         table = self._table
         row_ids = batch.row_ids(table.spec)
         layers = list(table.layers) if layers is None else layers
         places = [table.layers.index(layer) for layer in layers]
         row_ids = row_ids[:, places][:, :, columns if columns is not None else slice(None)]
-        out = self._rooms[0].rows(row_ids.shape) if shares_room else None
+        out = self._rooms[room].rows(row_ids.shape)
         rows = table.lookup(
             batch.tokens, batch.starts, batch.history, batch.dead, layers, columns, out
         )
