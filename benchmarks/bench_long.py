@@ -33,7 +33,7 @@ from engram.ram.memory import SEALS_OF_READER, Memory
 CLIENTS = 4
 TIME_BAR, GROWTH_BAR_MIB, BANDWIDTH_BAR = 1.2, 64, 0.9
 SIDECAR_SHARE_BAR, SIDECAR_BAR_MIB = 1.05, 256
-MISSES_MAX = 0.001
+MISSES_MAX = 0.0
 """The share of n-grams that may miss where all should hit."""
 _ROOM = 1.25
 _SAMPLED_EVERY_S = 0.05

@@ -12,9 +12,12 @@ import pytest
 from test_tidy import ROOT
 
 
-@pytest.mark.parametrize("part", ["hash", "warm", "cold", "grpc", "import"])
+PARTS = ("hash", "hits", "peers", "misses", "long", "warm", "cold", "grpc", "import")
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_smoke(part, tmp_path):
-    if part == "cold" and shutil.which("fio") is None:
+    if part in ("cold", "misses") and shutil.which("fio") is None:
         pytest.skip("fio, the peer of cold lookups, is not installed here")
     done = subprocess.run(
         [sys.executable, "benchmarks/run.py", "--smoke", "--out", str(tmp_path / "out"), part],
@@ -22,7 +25,7 @@ def test_smoke(part, tmp_path):
         env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
