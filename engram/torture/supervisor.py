@@ -29,7 +29,7 @@ _START_S_MAX = 60.0
 _REHEARSAL_S_MAX = 300.0
 _SETTLE_S = 1.0
 _WARM_UP_S = 3.0
-_READY_S_MIN = 1.0
+_READY_S_MIN = 2.0
 _PERIOD_S = 0.5
 _STACK_S = 1.0
 
@@ -114,6 +114,7 @@ class _Run:
         self._waiting_fetch: dict[int, ClientState] = {}
         self._began = time.monotonic()
         self._rehearses = True
+        self._faults_over = False
         self._nursery = NurseryProcess(str(place), self._log)
         self._selector.register(self._nursery.lines.descriptor, selectors.EVENT_READ)
         facts = {
@@ -137,6 +138,7 @@ class _Run:
         self._began = time.monotonic()
         self._schedule()
         self._until_time(self._began + self._plan.seconds)
+        self._faults_over = True
         self._until(lambda: self._ready, _START_S_MAX, "the sidecar does not start again")
         self.tally.sidecar_after = self._without_clients()
         self._stop_sidecar()
@@ -181,7 +183,7 @@ class _Run:
     def _kill_sidecar(self) -> None:
         sidecar = self._sidecar
         now = time.monotonic()
-        if sidecar is None:
+        if sidecar is None or now > self._began + self._plan.seconds - self._plan.calm_s:
             return
         if not sidecar.ready_at or now < sidecar.ready_at + _READY_S_MIN:
             return self._agenda.at(now + _READY_S_MIN / 4, self._kill_sidecar)
@@ -209,19 +211,21 @@ class _Run:
         self._sidecar = SidecarProcess(self._table.path, TABLE, self._socket, self._ram)
         self._selector.register(self._sidecar.lines.descriptor, selectors.EVENT_READ)
 
-    def _kill_client(self) -> None:
+    def _victim(self) -> ClientState | None:
         victims = [each for each in self._clients.running() if each.place > 0]
-        if victims:
-            victim = victims[self._rng.integers(len(victims))]
+        if self._faults_over or not victims:
+            return None
+        return victims[self._rng.integers(len(victims))]
+
+    def _kill_client(self) -> None:
+        if victim := self._victim():
             self._clients.kill(victim)
             self.tally.faults["client killed"] += 1
             self._forget(victim)
             self._clients.start(victim.place)
 
     def _stop_client(self) -> None:
-        victims = [each for each in self._clients.running() if each.place > 0]
-        if victims:
-            victim = victims[self._rng.integers(len(victims))]
+        if victim := self._victim():
             self._clients.halt(victim)
             self.tally.faults["client stopped"] += 1
             self._forget(victim)
@@ -330,7 +334,7 @@ class _Run:
         if self._rehearses:
             raise TortureError(f"the first client died by itself with status {told['status']}")
         self.tally.problems.append(f"a client died by itself with status {told['status']}")
-        if not client.ending:
+        if not client.ending and not self._faults_over:
             self._clients.start(client.place)
 
     def _look_for_hangs(self) -> None:
@@ -343,8 +347,12 @@ class _Run:
                 )
                 self._clients.ask_for_stack(client)
                 client.ending = True
-                self._agenda.at(now + _STACK_S, self._clients.kill, client)
-                self._agenda.at(now + _STACK_S, self._clients.start, client.place)
+                self._agenda.at(now + _STACK_S, self._replace, client)
+
+    def _replace(self, client: ClientState) -> None:
+        self._clients.kill(client)
+        if not self._faults_over:
+            self._clients.start(client.place)
 
     # The end
 
