@@ -153,12 +153,13 @@ class _Run:
             lambda: len(self.tally.work) == WORKS, _REHEARSAL_S_MAX, "the first client gets nowhere"
         )
         self._end_sidecar()
-        done = self.tally.work.total()
-        self._until(
-            lambda: self.tally.work.total() > done + WORKS,
-            _REHEARSAL_S_MAX,
-            "the first client gets nowhere without a sidecar",
-        )
+        if self._plan.on_unavailable == "direct":
+            done = self.tally.work.total()
+            self._until(
+                lambda: self.tally.work.total() > done + WORKS,
+                _REHEARSAL_S_MAX,
+                "the first client gets nowhere without a sidecar",
+            )
         self._start_sidecar()
         self._until(
             lambda: self._ready and self._attached(client),
