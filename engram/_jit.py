@@ -57,7 +57,7 @@ CACHED = _CACHE_DIR is not None
 """Whether compiled kernels are kept for later processes."""
 
 COMPILES = _CACHE_DIR is None or not any(Path(_CACHE_DIR).iterdir())
-"""Whether this process compiles kernels anew, which takes some ten seconds."""
+"""Whether this process compiles kernels anew, which takes up to a minute."""
 
 
 def kernel(function: Callable[..., Any]) -> Any:

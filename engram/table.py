@@ -95,7 +95,7 @@ class Table:
         shape = (*batch.shape, len(selection.layers), len(selection.columns))
         if out is None:
             out = Rows.empty(shape, self.row_format)
-        flat = out.flat(shape, self.row_format)
+        flat = _flat(out, shape, self.row_format)
         failed = 1
         try:
             self._tier.lookup(batch.windows, selection, flat)
@@ -130,7 +130,7 @@ class Table:
             )
         if out is None:
             out = Rows.empty(ids.shape, self.row_format)
-        flat = out.flat(ids.shape, self.row_format)
+        flat = _flat(out, ids.shape, self.row_format)
         ids_flat = np.ascontiguousarray(ids, np.int64).reshape(-1)
         places, first = distinct_rows(ids_flat)
         try:
@@ -209,6 +209,14 @@ class Table:
             f"<engram.Table {self.name}: {self.spec.family}, layers {list(self.layers)}, "
             f"{len(self.columns)} columns, {self.row_format.name} x {self.row_format.dim}>"
         )
+
+
+def _flat(out: Rows, shape: tuple[int, ...], row_format: RowFormat) -> Rows:
+    if not isinstance(out, Rows):
+        raise SelectionError(
+            f"out must be engram.Rows, not {type(out).__name__}; make one with Rows.empty"
+        )
+    return out.flat(shape, row_format)
 
 
 def _as_key(chosen: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -170,6 +170,8 @@ def warm(tier: Tier) -> None:
     out, places = Rows.empty((rows,), tier.row_format), np.arange(rows, dtype=np.int64)
     try:
         tier.read(ngrams, selection, out, places)
+        if isinstance(tier, RamTier):
+            tier.misses.warm(ngrams)
         tier.read_rows(0, places[:1], out, places[:1])
     except RowIntegrityError as error:
         logging.getLogger("engram.service").error("%s", error)

@@ -34,7 +34,7 @@ def announce_compilation() -> None:
             err=True,
         )
     elif COMPILES:
-        typer.echo("engram: compiling for this machine, once; about ten seconds", err=True)
+        typer.echo("engram: compiling for this machine, once; up to a minute", err=True)
 
 
 TO_GO_ON = "; run the same command to go on where it stopped"

@@ -9,7 +9,8 @@ and sleep in the kernel otherwise.
 
     lock       one lookup at a time has helpers; another that comes meanwhile works alone
     next       next chunk of the job that is on offer
-    state      of one helper: IDLE, OFFERED (by the caller), AT_WORK (by the helper), QUIT
+    state      of one helper: IDLE, OFFERED (by the caller), AT_WORK (by the helper), QUIT (at the
+               interpreter's end, never while at work)
 
 A helper works on a job only between its own OFFERED -> AT_WORK and its AT_WORK -> IDLE. The caller
 takes back what is still OFFERED and waits for who is AT_WORK, so nobody touches a caller's memory
@@ -158,7 +159,7 @@ def help_out(crew, helper):
         if now == _OFFERED:
             if compare_exchange(state, _OFFERED, _AT_WORK):
                 _work(crew)
-                compare_exchange(state, _AT_WORK, _IDLE)
+                store_release(state, _IDLE)
             spins = 0
         elif spins < _SPINS:
             spins += 1
@@ -254,7 +255,9 @@ class Crew:
 @kernel
 def _dismiss(crew, helper):
     state = crew + (_FIRST_HELPER + helper * _HELPER_WORDS) * 8
-    store_release(state, _QUIT)
+    # Never over AT_WORK, which a caller waits for to end.
+    while not (compare_exchange(state, _IDLE, _QUIT) or compare_exchange(state, _OFFERED, _QUIT)):
+        pause()
     _syscall(_FUTEX, state, _FUTEX_WAKE_PRIVATE, 1, 0)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engram.errors import ConfigError
+from engram.errors import ConfigError, StoreError
 from engram.ram import _fill, _policy, _staging
 from engram.ram.layout import (
     ABI,
@@ -39,7 +39,7 @@ from engram.ram.layout import (
     BundleLayout,
     pack_view,
 )
-from engram.ram.memory import SEALS_OF_WRITER, Memory
+from engram.ram.memory import SEALS_OF_WRITER, Memory, owning
 from engram.tiers import Int32s, Int64s, Ngrams
 
 _DIRECTORY = "engram-directory"
@@ -101,6 +101,7 @@ class Cache:
         self._slab_addresses = np.array([slab.address for slab in self.slabs], np.int64)
         self.own_readers = tuple(Memory.private(layout.reader_bytes) for _ in tables)
         self.views = tuple(self._view(number) for number in range(len(tables)))
+        self._open = set(range(len(tables)))
         self._renew()
         _ALL.add(self)
         self._reserve(_RESERVED_AT_ONCE_BYTES)
@@ -110,22 +111,25 @@ class Cache:
     def _reserve(self, bytes_max: int | None = None) -> None:
         """Take the memory of more slabs, so that writing to them can never fail, and use them."""
         layout, taken = self.layout, 0
+        slabs = self.slabs
         while self._reserved < layout.slabs and (bytes_max is None or taken < bytes_max):
             slab = self._reserved
             try:
-                self.slabs[slab].reserve()
+                slabs[slab].reserve()
             except ConfigError as error:
                 _log.error("the RAM tier stays at %d of %d slabs: %s", slab, layout.slabs, error)
                 return
             first = slab * layout.slots_per_slab
             with self.lock:
+                if not self._open:
+                    return
                 _policy.add_slots(
                     self._writer, first, min(first + layout.slots_per_slab, layout.slots)
                 )
                 self._reserved += 1
                 for directory in self.directories:
                     directory.words(WORD_SLABS + 1)[WORD_SLABS] = self._reserved
-            taken += self.slabs[slab].size
+            taken += slabs[slab].size
 
     def _memory(self, name: str, size: int) -> Memory:
         if not self._shared:
@@ -134,7 +138,7 @@ class Cache:
 
     def _view(self, number: int) -> Int64s:
         table = self._tables[number]
-        return pack_view(
+        view = pack_view(
             self.layout,
             table.bundle,
             table.min_order,
@@ -144,6 +148,8 @@ class Cache:
             slabs=self._slab_addresses.ctypes.data,
             reader=self.own_readers[number].address,
         )
+        # Whoever reads through it keeps what it points to, also while this is closed.
+        return owning(view, (self.slabs, self.directories, self.own_readers, self._slab_addresses))
 
     def _renew(self) -> None:
         """Empty."""
@@ -220,13 +226,26 @@ class Cache:
         """
         with self.lock:
             _fill.fill(
-                self.views[number],
+                self._open_view(number),
                 ngrams.windows,
                 ngrams.orders,
                 bundles,
                 prefetched,
                 self._writer,
             )
+
+    def close(self, number: int) -> None:
+        """Do without a table; with the last one the memory goes. Safe to call twice."""
+        with self.lock:
+            self._open.discard(number)
+            if not self._open:
+                self.slabs = self.directories = self.views = ()
+                self._writer = self._writer._replace(directories=np.zeros(0, np.int64))
+
+    def _open_view(self, number: int) -> Int64s:
+        if number not in self._open:
+            raise StoreError("the table is closed; open it again")
+        return self.views[number]
 
     def stage_present(
         self, number: int, ngrams: Ngrams, target: int, request_id: int
@@ -235,7 +254,7 @@ class Cache:
         stride = self.bundles[number].staged_bytes
         with self.lock:
             missed: np.ndarray[Any, np.dtype[np.uint8]] = _staging.stage_present(
-                self.views[number], ngrams.windows, ngrams.orders, request_id, target, stride
+                self._open_view(number), ngrams.windows, ngrams.orders, request_id, target, stride
             )
         return missed
 
@@ -243,7 +262,7 @@ class Cache:
         """bool `[N]`: which n-grams are here."""
         found = np.empty(len(ngrams), np.bool_)
         with self.lock:
-            _fill.find_present(self.views[number], ngrams.windows, ngrams.orders, found)
+            _fill.find_present(self._open_view(number), ngrams.windows, ngrams.orders, found)
         return found
 
     def counts(self, number: int) -> dict[str, int]:
@@ -271,7 +290,8 @@ class Cache:
     def check_integrity(self) -> None:
         """Assert that every slot is in one place, and that entries and used slots match."""
         with self.lock:
-            self._check_integrity()
+            if self._open:
+                self._check_integrity()
 
     def _check_integrity(self) -> None:
         writer, numbers = self._writer, self._writer.numbers

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -20,13 +19,12 @@ from engram._wire import pack_ngrams, unpack_failures
 from engram.errors import OverloadError, ServiceError
 from engram.proto.v1 import engram_pb2 as pb
 from engram.ram.attach import Lease
+from engram.ram.bundle_tier import Deliver
 from engram.ram.staged import Staged
-from engram.tiers import Int64s, Ngrams
+from engram.tiers import Ngrams
 
 REQUESTS_IN_FLIGHT_MAX = 4
 """Of one fetch; the sidecar reads one at depth while others are delivered or on their way."""
-
-Deliver = Callable[[int, Int64s], None]
 
 
 @dataclass(frozen=True)

@@ -213,3 +213,16 @@ def _no_room(size: int, error: OSError) -> ConfigError:
     files = error.errno in (errno.EMFILE, errno.ENFILE)
     hint = "raise the limit of open files" if files else "give the RAM tier less"
     return ConfigError(f"{format_size(size)} of memory cannot be had ({error.strerror}); {hint}")
+
+
+class _Owned:
+    """An array's own description of itself, and what must live as long as the array."""
+
+    def __init__(self, array: np.ndarray, owner: object) -> None:
+        self.__array_interface__ = array.__array_interface__
+        self._kept = array, owner
+
+
+def owning(array: np.ndarray, owner: object) -> np.ndarray:
+    """The same array, which keeps `owner` alive."""
+    return np.asarray(_Owned(array, owner))

@@ -3,8 +3,8 @@
 Whoever misses may have to read for all. A caller queues its request and takes its turn; the one
 whose turn it is takes everything that waits, finds what others ask for too and what arrived in
 the arena meanwhile, reads the rest in one go, so that the device has many reads to work on, and
-answers everybody. So no two callers ever read the same n-gram, a single caller pays for no
-thread, and nobody's answer depends on what the arena admits.
+answers everybody. So what several ask for is read once, as far as one turn reaches or the arena
+admits it; a single caller pays for no thread, and nobody's answer depends on what is admitted.
 
 Prefetches wait in a queue of their own and are read in small parts, only while no lookup waits.
 """
@@ -364,6 +364,12 @@ class MissPath:
         except EngramError:
             # Nobody waits for these rows; the lookup that does will name them.
             self.counters.add(prefetched_failed=len(absent))
+
+    def warm(self, ngrams: Ngrams) -> None:
+        """Compile what only several callers, or prefetches, need."""
+        number_ngrams(ngrams)
+        self._cache.present(self._number, ngrams)
+        _staging.copy_staged(np.zeros(0, np.int64), 0, self._bundle.staged_bytes, 0)
 
     def check_integrity(self) -> None:
         """Assert the invariants; tests call it when nothing is under way."""

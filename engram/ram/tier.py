@@ -48,8 +48,9 @@ class RamTier(BundleTier):
         self._closed = False
 
     def _view(self) -> Int64s:
+        views = self.cache.views
         self._require_open()
-        return self.cache.views[self.number]
+        return views[self.number]
 
     def _require_open(self) -> None:
         if self._closed:
@@ -104,6 +105,8 @@ class RamTier(BundleTier):
     def close(self) -> None:
         self._closed = True
         self.misses.close()
+        self.cache.close(self.number)
+        self._spare.clear()
         self.backing.close()
 
 
