@@ -209,6 +209,7 @@ class AttachServer:
 
     def _hold(self, connection: socket.socket, lease: ServedLease) -> None:
         lease.tier.cache.add_reader(lease.reader)
+        _log.debug("process %d of user %d attached to %s", lease.pid, lease.uid, lease.table)
         with self._lock:
             self._tokens[lease.token] = lease
             self._held[connection.fileno()] = (connection, lease)
@@ -237,6 +238,9 @@ class AttachServer:
             del self._tokens[lease.token]
             self._counts[reason] += 1
         lease.closed = True
+        # Before its slots are reused, so that a client that is not cut off knows they are whole.
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
         lease.tier.cache.remove_reader(lease.reader)
         self._leave(connection)
 

@@ -25,6 +25,7 @@ from engram.service.server import Server
 from engram.service.sockets import parse_address
 from engram.ssd import SsdTier
 from engram.table import Table
+from engram.torture.held import HeldSlots
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +280,44 @@ def test_an_epoch_is_held_where_its_slots_were_found(mortal, exact):
             until(lambda: stats_of(table)["reattached"] == 1)
             assert np.array_equal(tier.probe(windows), before)
         assert (tier.probe(windows) < 0).all()
+
+
+def test_an_end_of_the_attachment_waits_for_the_epochs_that_are_held(own_server, exact):
+    """A stream that breaks, a fetch that fails and `close` leave held slots alone."""
+    _, attach, _, address = own_server
+    with engram.connect(address) as table, engram.connect(address) as other:
+        tier, windows = table._tier, table.spec.windows(TOKENS)
+        endings = (
+            lambda held: held.connection.stream.close(),
+            lambda held: held.end(),
+            lambda held: table.close(),
+        )
+        for turn, end in enumerate(endings):
+            assert same(table, exact)
+            with tier.holding():
+                slots = HeldSlots(tier, windows)
+                before, after = (engram.Rows.empty(slots.shape, table.row_format) for _ in range(2))
+                slots.read(before)
+                end(tier._attachment())
+                if turn < 2:
+                    until(lambda turn=turn: stats_of(table)["reattached"] == turn + 1)
+                for seed in range(8):
+                    other.lookup(np.random.default_rng(seed).integers(0, 600, 512))
+                slots.read(after)
+                held = before.packed()[slots.columns.any(axis=1)]
+                assert len(held)
+                assert np.array_equal(held, after.packed()[slots.columns.any(axis=1)])
+                assert attach.stats()["leases"] == 2 + (turn < 2)
+            until(lambda turn=turn: attach.stats()["leases"] == 2 - (turn == 2))
+
+
+def test_a_lease_that_a_living_sidecar_ends_is_said_when_leaving(own_server, exact):
+    _, attach, _, address = own_server
+    with engram.connect(address) as table:
+        assert same(table, exact)
+        with pytest.raises(UnavailableError, match="may have changed"), table._tier.holding():
+            (descriptor,) = attach._held
+            attach._poll.unregister(descriptor)
+            attach._end(descriptor, "ended_protocol")
+        with pytest.raises(KeyError), table._tier.holding():
+            raise KeyError

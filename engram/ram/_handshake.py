@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def connect(connection: socket.socket, place: Path, deadline: Deadline) -> None:
             raise UnavailableError(
                 f"nothing answers there ({error.strerror or error}); is 'engram serve' running?"
             ) from None
+
+
+def peer_of(connection: socket.socket) -> int:
+    """The pid of the sidecar; 0 if it is of another pid namespace."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int(struct.unpack("iII", packed)[0])
 
 
 class Conversation:

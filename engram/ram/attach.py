@@ -10,6 +10,7 @@ the parent's lease ends with the parent, and everything that needs the lease rai
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import weakref
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from engram.errors import SpecMismatchError, UnavailableError
-from engram.ram._handshake import Conversation, connect
+from engram.ram._handshake import Conversation, connect, peer_of
 from engram.ram._terms import Offered, Terms, Wanted
 from engram.ram.frames import Deadline, attach_path
 from engram.ram.layout import WORD_SLABS, BundleLayout, pack_view
@@ -29,6 +30,8 @@ from engram.store.reader import StoreReader
 from engram.tiers import Int64s
 
 _SLAB_POLL_S = 0.05
+_DYING_MS = 100
+"""A process closes its connections a moment before it counts as gone."""
 
 _connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _forks = [0]
@@ -93,6 +96,7 @@ class Lease:
         self._direct_lock = threading.Lock()
         self._forks = _forks[0]
         self._connection = connection
+        self._sidecar = peer_of(connection)
         self.ended = threading.Event()
         weakref.finalize(self, _hang_up, connection)
         self._watcher = _in_background("engram-lease", _watch, connection, self.ended)
@@ -200,6 +204,29 @@ class Lease:
                 "'forkserver' method, or call engram.connect only after forking"
             )
 
+    def require_protection(self) -> None:
+        """Make sure that slots found while holding an epoch have kept their bytes until now.
+
+        The sidecar hangs up before it forgets a reader, and a dead one's memory nobody writes.
+
+        Raises:
+            UnavailableError: the lease ended, and its sidecar may be alive.
+        """
+        self._require_own()
+        if not (self._connected() or _is_gone(self._sidecar)):
+            raise UnavailableError(
+                "the lease ended while its slots were read in place, so they may have changed; "
+                "drop what was read, and look it up again"
+            )
+
+    def _connected(self) -> bool:
+        try:
+            return not self.ended.is_set() and bool(
+                self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            )
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+
     def end(self) -> None:
         """End the lease, but keep memory and files; safe to call twice."""
         if self._forks == _forks[0]:
@@ -229,6 +256,20 @@ def _watch(connection: socket.socket, ended: threading.Event) -> None:
 def _hang_up(connection: socket.socket) -> None:
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether no such process runs; when in doubt, not."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    try:
+        dying = select.poll()
+        dying.register(descriptor, select.POLLIN)
+        return bool(dying.poll(_DYING_MS))
+    finally:
+        os.close(descriptor)
 
 
 def _populate(

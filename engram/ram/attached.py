@@ -93,11 +93,18 @@ class AttachedTier(BundleTier):
 
     @contextmanager
     def holding(self) -> Iterator[None]:
+        """As `BundleTier.holding`.
+
+        Raises:
+            UnavailableError: at its end, if slots may have changed after all, because a sidecar
+                that may be alive has ended the lease; drop what was read in place.
+        """
         before = getattr(self._held, "attachment", None)
-        self._held.attachment = before or self._attachments.now
+        attachment = self._held.attachment = before or self._attachments.now
         try:
             with super().holding():
                 yield
+                attachment.lease.require_protection()
         finally:
             self._held.attachment = before
 

@@ -51,6 +51,7 @@ class Attachment:
     def __init__(self, lease: Lease, connection: Connection, ended: Callable[[], None]) -> None:
         self.lease = lease
         self.connection = connection
+        self.epochs = Epochs(lease.reader, lease.directory)
         try:
             connection.open("Fetch", ended)
             if connection.table.boot_id != lease.boot_id:
@@ -59,7 +60,6 @@ class Attachment:
             self.close()
             raise
         self.view: Int64s = np.asarray(_Kept(lease))
-        self.epochs = Epochs(lease.reader, lease.directory)
         self.counted: dict[str, int] = {}
         self._fetcher = Fetcher(lease, connection.stream)
 
@@ -94,14 +94,17 @@ class Attachment:
         return {name: count + self.counted.get(name, 0) for name, count in read.items()}
 
     def end(self) -> None:
-        """End lease and connection, but keep memory and files; safe to call twice."""
-        self.lease.end()
+        """End connection and lease, but keep memory and files; safe to call twice.
+
+        The lease ends once no epoch is held, for only so long the sidecar spares held slots.
+        """
         self.connection.close()
+        self.epochs.when_free(self.lease.end)
 
     def close(self) -> None:
-        """End everything; the memory goes with its last user. Safe to call twice."""
+        """End everything, the lease as in `end`; memory goes with its last user; idempotent."""
         self.connection.close()
-        self.lease.close()
+        self.epochs.when_free(self.lease.close)
 
 
 class _Kept:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 
 from engram._jit import fence_full, kernel, load_acquire, store_release
 from engram.ram.layout import WORD_EPOCH
@@ -52,6 +53,7 @@ class Epochs:
     def _renew(self) -> None:
         self._lock = threading.Lock()
         self._held: list[int] = []
+        self._when_free: list[Callable[[], None]] = []
 
     def enter(self) -> int:
         """Hold the epoch that is now; probe only afterwards. Returns it, for `leave`."""
@@ -70,6 +72,19 @@ class Epochs:
                 return
             self._held.remove(epoch)
             _set(self._reader.address, min(self._held, default=0))
+            if self._held:
+                return
+            due, self._when_free = self._when_free, []
+        for then in due:
+            then()
+
+    def when_free(self, then: Callable[[], None]) -> None:
+        """Call `then` once no epoch is held: now, or by the thread that leaves the last one."""
+        with self._lock:
+            if self._held:
+                self._when_free.append(then)
+                return
+        then()
 
 
 _ALL: weakref.WeakSet[Epochs] = weakref.WeakSet()
