@@ -11,7 +11,6 @@ import sys
 import pytest
 from test_tidy import ROOT
 
-
 PARTS = ("hash", "hits", "peers", "misses", "long", "warm", "cold", "grpc", "import")
 
 

@@ -105,3 +105,21 @@ def test_a_forked_child_has_a_crew_of_its_own(table, crew):
         os._exit(0 if same and _crew._crew is not crew else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert np.array_equal(table.lookup(tokens).packed(), expected)
+
+
+def test_threads_that_cannot_be_started_are_done_without(table, monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def refuse(thread):
+        if thread.name == "engram-copy" and started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    made = _crew.Crew(3)
+    monkeypatch.setattr(_crew, "_crew", made)
+    tokens = np.arange(200) % 20
+    assert np.array_equal(table.lookup(tokens).packed(), _expected(tokens))
+    assert len(made._threads) == 1
+    made.quit()

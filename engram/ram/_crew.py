@@ -228,21 +228,29 @@ def copy_hits_together(
 
 
 class Crew:
-    """The helpers of this process; made when first needed, anew after a fork."""
+    """The helpers of this process; made when first needed, anew after a fork.
+
+    Args:
+        helpers: how many to start; fewer if the system has no room for threads.
+    """
 
     def __init__(self, helpers: int) -> None:
         self._words = np.zeros(_FIRST_HELPER + _HELPER_WORDS * (helpers + 1) + 8, np.uint64)
         # Words of a line of their own each: from a multiple of 64 on.
         self.address = -(-self._words.ctypes.data // 64) * 64
-        self._words[(self.address - self._words.ctypes.data) // 8 + _HELPERS] = helpers
-        self._threads = [
-            threading.Thread(
-                target=help_out, args=(self.address, helper), name="engram-copy", daemon=True
+        self._threads = []
+        for helper in range(helpers):
+            # Each keeps the words alive, whatever becomes of this object.
+            thread = threading.Thread(
+                target=_help_out, args=(self._words, helper), name="engram-copy", daemon=True
             )
-            for helper in range(helpers)
-        ]
-        for thread in self._threads:
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # no thread can be started now
+                break
+            self._threads.append(thread)
+        at = (self.address - self._words.ctypes.data) // 8
+        self._words[at + _HELPERS] = len(self._threads)
 
     def quit(self) -> None:
         """End the helpers: compiled code is gone once the interpreter ends."""
@@ -250,6 +258,10 @@ class Crew:
             _dismiss(self.address, helper)
         for thread in self._threads:
             thread.join(timeout=1.0)
+
+
+def _help_out(words, helper):
+    help_out(-(-words.ctypes.data // 64) * 64, helper)
 
 
 @kernel

@@ -22,7 +22,10 @@ Deliver = Callable[[int, Int64s], None]
 which stay as they are until it returns."""
 
 _NO_SCALES = np.empty((0, 0), np.uint8)
+_NO_FAILURES = Failures()
 _COPIES_KEPT = 64
+BLOCK_TOKENS = 8192
+"""Tokens looked up at once, so that what a lookup needs for itself stays small."""
 
 
 class BundleTier(Tier):
@@ -64,9 +67,26 @@ class BundleTier(Tier):
         """
 
     def lookup(self, windows: Int32s, selection: Selection, out: Rows) -> None:
+        scales = _NO_SCALES if out.scales is None else out.scales
+        if len(windows) <= BLOCK_TOKENS:
+            failures = self._lookup(windows, selection, out.values, scales)
+        else:
+            failures = Failures()
+            rows_each = len(selection.layers) * len(selection.columns)
+            for first in range(0, len(windows), BLOCK_TOKENS):
+                block = windows[first : first + BLOCK_TOKENS]
+                rows = slice(first * rows_each, (first + len(block)) * rows_each)
+                failed = self._lookup(block, selection, out.values[rows], scales[rows])
+                failures.add(failed.rows, failed.cause)
+        if failures:
+            failures.raise_any(self.name, served=self.served)
+
+    def _lookup(
+        self, windows: Int32s, selection: Selection, values: Bytes, scales: Bytes
+    ) -> Failures:
+        """Serve one block; the selected rows that failed."""
         view = self._view()
         copies = self._copies_of(selection)
-        values, scales = out.values, _NO_SCALES if out.scales is None else out.scales
         slots = np.empty((len(windows), selection.orders), np.int64)
         request = (view, windows, copies.order_used, copies.pieces, copies.bounds)
         misses = -1
@@ -74,8 +94,9 @@ class BundleTier(Tier):
             misses = _crew.copy_hits_together(helpers, *request, values, scales, slots)
         if misses < 0:
             misses = _probe.copy_hits(*request, values, scales, slots)
-        if misses:
-            self._serve_misses(windows, selection, copies, slots, misses, values, scales)
+        if not misses:
+            return _NO_FAILURES
+        return self._serve_misses(windows, selection, copies, slots, misses, values, scales)
 
     def _serve_misses(
         self,
@@ -86,7 +107,7 @@ class BundleTier(Tier):
         misses: int,
         values: Bytes,
         scales: Bytes,
-    ) -> None:
+    ) -> Failures:
         asked = Ngrams(
             np.full((misses, windows.shape[1]), -1, np.int32), np.empty(misses, np.int32)
         )
@@ -119,10 +140,7 @@ class BundleTier(Tier):
             )
 
         failures = self._fetch(ngrams, selection, deliver)
-        if failures:
-            self._only_selected(failures, ngrams, selection).raise_any(
-                self.name, served=self.served
-            )
+        return self._only_selected(failures, ngrams, selection) if failures else failures
 
     served = False
     """Whether messages speak of a table that a sidecar serves."""
@@ -154,9 +172,8 @@ class BundleTier(Tier):
 
         failures = self._fetch(wanted, selection, deliver)
         if failures:
-            self._only_selected(failures, wanted, selection).raise_any(
-                self.name, served=self.served
-            )
+            selected = self._only_selected(failures, wanted, selection)
+            selected.raise_any(self.name, served=self.served)
 
     def _only_selected(self, failures: Failures, ngrams: Ngrams, selection: Selection) -> Failures:
         """Failed rows that were asked for: bundles have more than a selection wants."""

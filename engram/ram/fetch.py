@@ -16,13 +16,14 @@ from typing import Any
 from engram._failures import Failures
 from engram._stream import Pending, RequestStream
 from engram._wire import pack_ngrams, unpack_failures
-from engram.errors import OverloadError, ServiceError
+from engram.errors import OverloadError, ServiceError, UnavailableError
 from engram.proto.v1 import engram_pb2 as pb
 from engram.ram.attach import Lease
 from engram.ram.bundle_tier import Deliver
 from engram.ram.staged import Staged
 from engram.tiers import Ngrams
 
+_STALL_POLL_S = 0.1
 REQUESTS_IN_FLIGHT_MAX = 4
 """Of one fetch; the sidecar reads one at depth while others are delivered or on their way."""
 
@@ -94,14 +95,22 @@ class Fetcher:
         return failures
 
     def _chunk(self, deadline: float, *, wait: bool) -> int | None:
-        try:
-            return self._free.get(wait, max(0.0, deadline - time.monotonic()))
-        except Empty:
-            if not wait:
-                return None
-            raise OverloadError(
-                "all staging memory of this client is in use; send fewer lookups at once"
-            ) from None
+        while True:
+            left_s = deadline - time.monotonic()
+            try:
+                return self._free.get(wait, max(0.0, min(left_s, _STALL_POLL_S)))
+            except Empty:
+                if not wait:
+                    return None
+            if self.stalled:
+                raise UnavailableError(
+                    "the sidecar does not answer, and holds all staging memory of this client; "
+                    "is it stopped, or its disk stuck?"
+                )
+            if left_s <= 0:
+                raise OverloadError(
+                    "all staging memory of this client is in use; send fewer lookups at once"
+                )
 
     def _send(self, ngrams: Ngrams, first: int, chunk: int, deadline: float) -> _Part:
         left_s = max(0.001, deadline - time.monotonic())
