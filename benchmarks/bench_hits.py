@@ -43,9 +43,9 @@ class Text:
         rng = np.random.default_rng(seed)
         while True:
             if count < 512:
-                at = rng.integers(3, len(self.ids), count)
-                history = np.stack([self.ids[at - back] for back in (3, 2, 1)], axis=1)
-                yield self.ids[at], np.arange(count + 1, dtype=np.int32), history
+                places = rng.integers(3, len(self.ids), count)
+                history = np.stack([self.ids[places - back] for back in (3, 2, 1)], axis=1)
+                yield self.ids[places], np.arange(count + 1, dtype=np.int32), history
             else:
                 at = int(rng.integers(3, len(self.ids) - count))
                 starts = np.array([0, count], np.int32)
