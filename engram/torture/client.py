@@ -62,6 +62,10 @@ class Told:
         return cls(**{field.name: facts[field.name] for field in fields(cls)})
 
 
+class InThreadError(EngramError):
+    """An error of another thread, as `described`."""
+
+
 class _Room:
     """A buffer for the largest lookup, used again and again: a row that a lookup leaves out would
     still hold poison, or a row of another lookup."""
@@ -174,23 +178,24 @@ class Client:
     def together(self) -> tuple[int, int]:
         """Two lookups by two threads at once."""
         batches = [self._batch(), self._batch()]
-        outcomes: list[Any] = [None, None]
+        found: list[tuple[int, int]] = []
+        failed: list[str] = []
 
         def work(number: int) -> None:
             try:
-                outcomes[number] = self._look_up(batches[number], room=number)
-            except BaseException as error:
-                outcomes[number] = error
+                found.append(self._look_up(batches[number], room=number))
+            except Exception as error:
+                # Not the error itself: in this frame it would keep alive what its lookup held.
+                failed.append(described(error))
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return sum(rows for rows, _ in outcomes), sum(wrong for _, wrong in outcomes)
+        if failed:
+            raise InThreadError(failed[0])
+        return sum(rows for rows, _ in found), sum(wrong for _, wrong in found)
 
     def _batch(self) -> Batch:
         return self._traffic.prefill() if self._rng.random() < 0.5 else self._traffic.decode()
@@ -281,6 +286,8 @@ def _work(table: Table, told: Told, reporter: Reporter, stopping: threading.Even
         facts: dict[str, Any] = {"what": work.__name__, "rows": 0, "wrong": 0}
         try:
             facts["rows"], facts["wrong"] = work()
+        except InThreadError as error:
+            facts["failed"] = str(error)
         except EngramError as error:
             facts["failed"] = described(error)
         tier = table.stats()["tiers"][0]
