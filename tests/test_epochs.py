@@ -70,6 +70,25 @@ def test_an_epoch_held_at_a_fork_does_not_stop_the_childs_admission():
         assert seen(reader.memory) == reader.own_epochs._held[0]
 
 
+def test_a_closed_arena_does_not_keep_a_child_from_renewing_the_others():
+    """They stand in no order, so there are closed ones before and after."""
+    caches = [cache_of(40) for _ in range(9)]
+    for cache in caches:
+        fill(cache, 0, [(0, n) for n in range(40)])
+    for cache in caches[::2]:
+        cache.close(0)
+
+    def check():
+        for cache in caches[1::2]:
+            assert cache.stats()["slots_used"] == 0
+            fill(cache, 0, [(1, 1)])
+            cache.check_integrity()
+        for cache in caches[::2]:
+            cache.close(0)
+
+    in_child(check)
+
+
 def test_a_child_lets_go_of_nothing_that_its_parent_holds():
     """Reader memory that came from elsewhere is one for both."""
     cache = cache_of(40, shared=True)

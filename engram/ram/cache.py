@@ -112,7 +112,7 @@ class Cache:
         """Take the memory of more slabs, so that writing to them can never fail, and use them."""
         layout, taken = self.layout, 0
         slabs = self.slabs
-        while self._reserved < layout.slabs and (bytes_max is None or taken < bytes_max):
+        while self._reserved < len(slabs) and (bytes_max is None or taken < bytes_max):
             slab = self._reserved
             try:
                 slabs[slab].reserve()
