@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import socket
 import threading
@@ -12,7 +13,7 @@ import pytest
 from attach_clients import Client, go, unharmed
 from attach_hosts import HANG_S, descriptors, host_of, until
 
-from engram.errors import EngramError, OverloadError, ServiceError
+from engram.errors import EngramError, OverloadError, ServiceError, UnavailableError
 from engram.service import _handshake
 from engram.service import attach as server_module
 
@@ -102,7 +103,8 @@ def test_a_client_with_too_few_descriptors_says_so_and_keeps_none(host):
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (before + spare, limits[1]))
             host.attach(timeout_s=0.5).close()
-        except (EngramError, OSError):
+        except EngramError as error:
+            assert re.search("limit|open files|clients cannot attach|answer", str(error)), error
             refused += 1
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -159,3 +161,18 @@ def test_the_server_stops_amid_handshakes(tmp_path, v41_table):
         until(lambda: descriptors() < serving)
     del host, client, clients
     until(lambda: descriptors() <= before)
+
+
+def test_no_thread_for_a_lease_is_said(host, monkeypatch):
+    start, before = threading.Thread.start, descriptors()
+
+    def none(thread):
+        if thread.name == "engram-populate":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    with pytest.raises(UnavailableError, match="no descriptor or thread left"):
+        host.attach()
+    until(lambda: descriptors() <= before)
+    until(lambda: host.leases == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -315,9 +316,39 @@ def test_a_lease_that_a_living_sidecar_ends_is_said_when_leaving(own_server, exa
     _, attach, _, address = own_server
     with engram.connect(address) as table:
         assert same(table, exact)
-        with pytest.raises(UnavailableError, match="may have changed"), table._tier.holding():
-            (descriptor,) = attach._held
-            attach._poll.unregister(descriptor)
-            attach._end(descriptor, "ended_protocol")
+        holding = table._tier.holding()
+        holding.__enter__()
+        (descriptor,) = attach._held
+        attach._poll.unregister(descriptor)
+        attach._end(descriptor, "ended_protocol")
+        with pytest.raises(UnavailableError, match="may have changed"):
+            holding.__exit__(None, None, None)
         with pytest.raises(KeyError), table._tier.holding():
             raise KeyError
+
+
+def mapped():
+    """How often memory of a sidecar or its clients is mapped into this process."""
+    with open("/proc/self/maps") as maps:
+        return sum("memfd:engram" in line for line in maps)
+
+
+def test_close_gives_the_memory_back(sidecar, exact):
+    gc.collect()
+    gc.disable()
+    try:
+        before, threads = mapped(), threading.active_count()
+        table = engram.connect(sidecar.address)
+        assert same(table, exact)
+        counted = stats_of(table)
+        assert mapped() > before
+        table.close()
+        until(lambda: mapped() <= before)
+        until(lambda: threading.active_count() <= threads)
+        assert stats_of(table) == counted | {"attached": 0}
+        with engram.connect(sidecar.address) as another:
+            assert same(another, exact)
+        del another
+        until(lambda: mapped() <= before)
+    finally:
+        gc.enable()

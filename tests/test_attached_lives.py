@@ -19,6 +19,7 @@ from engram.errors import (
     SpecMismatchError,
     UnavailableError,
 )
+from engram.ram import attachment
 from engram.rows import RowFormat
 
 
@@ -289,3 +290,54 @@ def test_kills_amid_lookups_never_give_wrong_rows_or_errors(mortal, exact):
     until(lambda: len(os.listdir("/proc/self/fd")) <= files)
     for table in tables:
         table.close()
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("no thread")])
+def test_attaching_again_is_tried_until_it_succeeds(mortal, exact, monkeypatch, error):
+    failed, real = [], attachment.Connection
+
+    def fails(*arguments):
+        if len(failed) < 3:
+            failed.append(arguments)
+            raise error
+        return real(*arguments)
+
+    with engram.connect(mortal.address) as table:
+        monkeypatch.setattr(attachment, "Connection", fails)
+        mortal.kill()
+        mortal.start()
+        until(lambda: stats_of(table)["attached"])
+        assert len(failed) == 3
+        assert same(table, exact)
+        until(lambda: not table._tier._attachments._renewing)
+
+
+FORK_AMID = """
+import os, signal, sys, threading
+import engram
+
+table = engram.connect(sys.argv[1])
+attachments = table._tier._attachments
+holds, done = threading.Event(), threading.Event()
+
+def hold():
+    with attachments._changed, attachments._closing._cond:
+        holds.set()
+        done.wait()
+
+threading.Thread(target=hold).start()
+holds.wait()
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    table.close()
+    os._exit(0)
+done.set()
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+print("closed")
+"""
+
+
+def test_a_forked_child_closes_without_locks(sidecar):
+    assert run_python(FORK_AMID, sidecar.address) == "closed\n"

@@ -122,7 +122,7 @@ class Lease:
             bundle, min_order: of the client's own spec.
 
         Raises:
-            UnavailableError: no sidecar answers in time.
+            UnavailableError: no sidecar answers in time, or this process is at a limit.
             UnknownTableError: it serves no such table.
             SpecMismatchError: it serves another table under the name.
             RequestError: it refuses this user, or this version of engram.
@@ -131,10 +131,10 @@ class Lease:
         """
         wanted = Wanted(table, fingerprint, bundle, min_order)
         place, deadline = attach_path(path), Deadline(timeout_s)
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        _connections.add(connection)
-        offered = None
+        connection = offered = None
         try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            _connections.add(connection)
             connect(connection, place, deadline)
             with Conversation(connection, deadline) as talk:
                 terms, offered = talk.ask(wanted)
@@ -142,12 +142,18 @@ class Lease:
                 reader = talk.give_reader(terms)
             return cls(connection, wanted, terms, offered, slabs, reader)
         except BaseException as error:
-            _hang_up(connection)
-            connection.close()
+            if connection is not None:
+                _hang_up(connection)
+                connection.close()
             if offered is not None:
                 offered.close_data()
             if type(error) is UnavailableError:
                 raise UnavailableError(f"{place}: {error}") from None
+            if isinstance(error, OSError | RuntimeError):
+                raise UnavailableError(
+                    f"{place}: this process has no descriptor or thread left ({error}); "
+                    "raise its limits, or have it keep fewer"
+                ) from None
             raise
 
     @property

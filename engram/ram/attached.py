@@ -203,16 +203,7 @@ class AttachedTier(BundleTier):
         return attachment.connection.prefetches.send(table, parts, self._asked)
 
     def stats(self) -> dict[str, Any]:
-        now = self._attachments.now
-        return {
-            "tier": "attached",
-            "target": now.connection.target,
-            "boot_id": now.lease.boot_id,
-            "attached": int(now.usable),
-            "reattached": self._attachments.renewals,
-            **now.counts(),
-            **self._asked.read(),
-        }
+        return {"tier": "attached", **self._attachments.stats(), **self._asked.read()}
 
     def check_integrity(self) -> None:
         self._asked.check_integrity()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +23,10 @@ from engram._link import Connection
 from engram._stream import StreamLostError
 from engram.errors import EngramError, SpecMismatchError, UnavailableError
 from engram.ram.attach import Lease
+from engram.ram.bundle_tier import Deliver
 from engram.ram.cache import read_counts
 from engram.ram.epochs import Epochs
-from engram.ram.fetch import Deliver, Fetcher
+from engram.ram.fetch import Fetcher
 from engram.ram.layout import BundleLayout
 from engram.tiers import Int64s, Ngrams
 
@@ -123,25 +125,50 @@ class Attachments:
         min_order: of the spec.
 
     Attributes:
-        now: in use; after the sidecar is gone, the last one.
-        renewals: how many followed the first.
         other_table: why lookups must fail: the sidecar has another table under the name.
     """
 
     def __init__(self, lease: Lease, connection: Connection, min_order: int) -> None:
-        self.renewals = 0
+        self._renewals = 0
         self.other_table: SpecMismatchError | None = None
         self._min_order = min_order
         self._owner = os.getpid()
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._renewing = False
-        self.now = Attachment(lease, connection, self.lost)
+        self._last_stats: dict[str, Any] = {}
+        self._now: Attachment | None = None  # while it is made, its end is not yet its loss
+        self._now = Attachment(lease, connection, self.lost)
+
+    @property
+    def now(self) -> Attachment:
+        """In use; after the sidecar is gone, the last one.
+
+        Raises:
+            UnavailableError: it was closed.
+        """
+        now = self._now
+        if now is None:
+            raise UnavailableError("the table is closed; connect again")
+        return now
+
+    def stats(self) -> dict[str, Any]:
+        """Of all attachments; once closed, what they were then."""
+        now = self._now
+        if now is None:
+            return dict(self._last_stats)
+        return {
+            "target": now.connection.target,
+            "boot_id": now.lease.boot_id,
+            "attached": int(now.usable),
+            "reattached": self._renewals,
+            **now.counts(),
+        }
 
     def lost(self) -> None:
         """Begin to renew what is in use, unless it is usable or that has begun already."""
         with self._changed:
-            if self._renewing or self._closing.is_set() or not hasattr(self, "now"):
+            if self._renewing or self._closing.is_set() or self._now is None:
                 return
             self._renewing = True
         thread = threading.Thread(target=self._renew, name="engram-reattach", daemon=True)
@@ -151,20 +178,19 @@ class Attachments:
             self._renewing = False
 
     def _renew(self) -> None:
-        while True:
-            with self._changed:
-                if self._closing.is_set() or self.now.usable:
-                    self._renewing = False
-                    return
+        while not self._renewed():
             try:
-                fresh = self._attach()
-            except EngramError as error:
+                self._replace(self._attach())
+            except Exception as error:  # whatever it is, nobody else would try again
                 self._refused(error)
                 self._closing.wait(RETRY_S)
-            else:
-                self._replace(fresh)
 
-    def _refused(self, error: EngramError) -> None:
+    def _renewed(self) -> bool:
+        with self._changed:
+            self._renewing = self._now is not None and not self._now.usable
+            return not self._renewing
+
+    def _refused(self, error: Exception) -> None:
         other = isinstance(error, SpecMismatchError)
         self.other_table = SpecMismatchError(str(error), "fingerprint") if other else None
 
@@ -188,15 +214,14 @@ class Attachments:
 
     def _replace(self, fresh: Attachment) -> None:
         with self._changed:
-            before = self.now
-            fresh.counted = before.counts()
-            self.now = fresh
-            self.other_table = None
-            self.renewals += 1
-            self._changed.notify_all()
-        before.close()
-        if self._closing.is_set():
-            fresh.close()
+            before = self._now
+            if before is not None:
+                fresh.counted = before.counts()
+                self._now = fresh
+                self.other_table = None
+                self._renewals += 1
+                self._changed.notify_all()
+        (before or fresh).close()
 
     def wait(self, deadline: float, lost: str) -> None:
         """Wait until there is an attachment that answers.
@@ -225,10 +250,16 @@ class Attachments:
 
     def close(self) -> None:
         """End the attachment and its renewal; safe to call twice."""
+        # A forked child has no lease of its own; gRPC, and locks that another thread may have held
+        # at the fork, must not be touched there.
+        if self._owner != os.getpid():
+            return
         self._closing.set()
-        # A forked child has no lease of its own, and gRPC must not be touched there.
-        if self._owner == os.getpid():
-            self.now.close()
+        with self._changed:
+            self._last_stats = self.stats() | {"attached": 0}
+            last, self._now = self._now, None
+        if last is not None:
+            last.close()
 
 
 def attach(connection: Connection, bundle: BundleLayout, min_order: int) -> Attachments:
