@@ -126,8 +126,7 @@ class MissPath:
             StoreError: the tier below cannot be read.
         """
         # Kernels take int64; ids use all 64 bits.
-        signed_id = int(np.uint64(request_id).astype(np.int64))
-        request = _Request(ngrams, target, signed_id, then)
+        request = _Request(ngrams, target, int(np.uint64(request_id).astype(np.int64)), then)
         deadline = time.monotonic() + timeout_s
         try:
             self._enqueue(request)
@@ -161,10 +160,7 @@ class MissPath:
                     self._state.wait(left)
                 elif request in self._waiting:
                     self.counters.add(requests_refused=1)
-                    raise OverloadError(
-                        "the time limit passed before the rows could be read; the device cannot "
-                        "keep up"
-                    )
+                    raise OverloadError("the time limit passed; the device cannot keep up")
                 else:
                     # It is being read: its memory must not be left before that has ended.
                     self._state.wait()
