@@ -21,6 +21,7 @@ from engram.errors import (
 )
 from engram.proto.v1 import attach_pb2 as pb
 from engram.ram._terms import TOKEN_BYTES
+from engram.ram.fetch import REQUESTS_IN_FLIGHT_MAX
 from engram.ram.frames import (
     DESCRIPTORS_PER_FRAME,
     Deadline,
@@ -37,8 +38,11 @@ from engram.store.reader import TableFiles
 
 HANDSHAKE_S = 5.0
 """Time that a client has until its lease holds."""
-STAGING_CHUNKS = 16
-"""Chunks of a client's staging memory: how many Fetches it may have in flight."""
+STAGING_CHUNKS = REQUESTS_IN_FLIGHT_MAX
+"""Chunks of a client's staging memory: how many Fetches it may have in flight.
+
+Reserved beside the RAM tier's budget: with as many leases as may be, 256 MiB.
+"""
 CHUNK_BYTES = 1 << 20
 """About the size of a chunk: a decode step of 64 tokens fits."""
 _REFUSAL_S = 0.5
