@@ -93,7 +93,16 @@ class RemoteTier(Tier):
 
         self._look_up(parts, out, places)
 
-    def read_rows(self, layer: int, row_ids: Int64s, out: Rows, places: Int64s) -> None:
+    def read_rows(
+        self,
+        layer: int,
+        row_ids: Int64s,
+        out: Rows,
+        places: Int64s,
+        timeout_s: float | None = None,
+    ) -> None:
+        """As `Tier.read_rows`; waits no longer than `timeout_s` for an answer, if given."""
+
         def parts(limits: pb.Limits) -> Iterator[_Part]:
             step = items_per_request(limits, 1, 8)
             for at in range(0, len(row_ids), step):
@@ -101,16 +110,19 @@ class RemoteTier(Tier):
                 lookup = pb.RowLookup(layer=layer, row_ids=ids.tobytes())
                 yield _Part(self._request(rows=lookup), at, len(ids))
 
-        self._look_up(parts, out, places)
+        self._look_up(parts, out, places, timeout_s)
 
     def _request(self, **rows_of: Any) -> pb.LookupRequest:
         return pb.LookupRequest(table=self.name, fingerprint=self.fingerprint, **rows_of)
 
-    def _look_up(self, parts: Any, out: Rows, places: Int64s) -> None:
-        deadline = time.monotonic() + self._timeout_s
+    def _look_up(
+        self, parts: Any, out: Rows, places: Int64s, timeout_s: float | None = None
+    ) -> None:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
         while True:
             try:
-                failures = self._ask(parts, out, places)
+                failures = self._ask(parts, out, places, timeout_s)
                 break
             except UnavailableError:
                 self._link.require_open()
@@ -121,17 +133,26 @@ class RemoteTier(Tier):
         self._counters.add(rows_read=len(places), rows_failed=sum(map(len, failed.values())))
         failures.raise_any(self.name, served=True)
 
-    def _ask(self, parts: Any, out: Rows, places: Int64s) -> Failures:
+    def _ask(self, parts: Any, out: Rows, places: Int64s, timeout_s: float) -> Failures:
         connection = self._link.connection()
         try:
-            return self._exchange(connection, parts(connection.table.limits), out, places)
+            return self._exchange(
+                connection, parts(connection.table.limits), out, places, timeout_s
+            )
         except StreamLostError:
             # Rows are immutable, so asking again is safe; a sidecar that restarted answers.
             connection = self._link.connection()
-            return self._exchange(connection, parts(connection.table.limits), out, places)
+            return self._exchange(
+                connection, parts(connection.table.limits), out, places, timeout_s
+            )
 
     def _exchange(
-        self, connection: Connection, parts: Iterable[_Part], out: Rows, places: Int64s
+        self,
+        connection: Connection,
+        parts: Iterable[_Part],
+        out: Rows,
+        places: Int64s,
+        timeout_s: float,
     ) -> Failures:
         """Send every part, a few at a time; what failed."""
         stream = connection.stream
@@ -141,7 +162,7 @@ class RemoteTier(Tier):
         try:
             while True:
                 while len(waiting) < REQUESTS_IN_FLIGHT_MAX and (part := next(todo, None)):
-                    waiting.append((stream.send(part.request, self._timeout_s), part))
+                    waiting.append((stream.send(part.request, timeout_s), part))
                     self._counters.add(requests=1)
                 if not waiting:
                     return failures

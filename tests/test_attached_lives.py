@@ -19,7 +19,8 @@ from engram.errors import (
     SpecMismatchError,
     UnavailableError,
 )
-from engram.ram import attachment
+from engram.ram import attached, attachment
+from engram.remote import RemoteTier
 from engram.rows import RowFormat
 
 
@@ -341,3 +342,47 @@ print("closed")
 
 def test_a_forked_child_closes_without_locks(sidecar):
     assert run_python(FORK_AMID, sidecar.address) == "closed\n"
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_single_rows_pass_a_stopped_sidecar_by(mortal, exact, connected):
+    ids, layer = np.arange(20), exact.layers[0]
+    expected = exact.lookup_rows(layer, ids).packed()
+    with engram.connect(mortal.address, timeout_s=0.5) as table:
+        tier, asked = table._tier, []
+        if connected:
+            table.lookup_rows(layer, ids)
+        ask = tier._rows
+
+        def counted(attachment):
+            asked.append(attachment)
+            return ask(attachment)
+
+        tier._rows = counted
+        mortal.process.send_signal(signal.SIGSTOP)
+        try:
+            for _ in range(3):
+                assert np.array_equal(table.lookup_rows(layer, ids).packed(), expected)
+            assert len(asked) == 1
+        finally:
+            mortal.process.send_signal(signal.SIGCONT)
+        until(lambda: not tier._attachments.now.stalled)
+        assert np.array_equal(table.lookup_rows(layer, ids).packed(), expected)
+        assert len(asked) == 2
+        assert stats_of(table)["read_directly"] == 3
+        assert stats_of(table)["reattached"] == 0
+
+
+def test_a_tier_for_single_rows_is_closed_with_the_table(sidecar, exact, monkeypatch):
+    """Also where it is made while the table is closed."""
+    made, table = [], engram.connect(sidecar.address)
+
+    def amid(*arguments, **options):
+        made.append(RemoteTier(*arguments, **options))
+        table.close()
+        return made[0]
+
+    monkeypatch.setattr(attached, "RemoteTier", amid)
+    with pytest.raises(UnavailableError, match="the table is closed"):
+        table.lookup_rows(exact.layers[0], [1])
+    assert made[0]._link._closed

@@ -17,6 +17,7 @@ from engram._described import items_per_request, row_format_of, spec_of
 from engram._failures import Failures
 from engram._link import Connection
 from engram._prefetches import RemotePrefetch
+from engram._stream import StreamLostError
 from engram.errors import RowIntegrityError, SpecMismatchError, UnavailableError
 from engram.ram import _fill
 from engram.ram.attachment import Attachment, attach
@@ -123,7 +124,14 @@ class AttachedTier(BundleTier):
         self._view()
 
         def ask(attachment: Attachment, left_s: float) -> None:
-            self._rows().read_rows(layer, row_ids, out, places)
+            attachment.require_answers()
+            try:
+                self._rows(attachment).read_rows(layer, row_ids, out, places, left_s)
+            except StreamLostError:
+                raise
+            except UnavailableError:
+                attachment.doubt(self._any_ngram())
+                raise
 
         def directly(reader: StoreReader) -> None:
             layers = np.full(len(row_ids), layer, np.int32)
@@ -168,21 +176,31 @@ class AttachedTier(BundleTier):
             self._asked.add(read_directly=1)
             return directly(reader)
 
-    def _rows(self) -> RemoteTier:
+    def _any_ngram(self) -> Ngrams:
+        order = self.spec.min_order
+        windows = np.full((1, self.spec.max_order), -1, np.int32)
+        windows[:, :order] = 0
+        return Ngrams(windows, np.array([order], np.int32))
+
+    def _rows(self, attachment: Attachment) -> RemoteTier:
         """What serves single rows, connected when first needed."""
-        with self._row_lock:
-            if self._row_tier is None:
-                target = self._attachments.now.connection.target
-                tier = RemoteTier(target, self.name, timeout_s=self._timeout_s)
-                if tier.fingerprint != self.fingerprint:
-                    tier.close()
-                    raise SpecMismatchError(
-                        f"{self.name} at {target} is now another table (fingerprint "
-                        f"{tier.fingerprint}, was {self.fingerprint}); connect again",
-                        "fingerprint",
-                    )
-                self._row_tier = tier
+        if self._row_tier is not None:
             return self._row_tier
+        # Several threads may get here, and none should wait for another's connection.
+        target = attachment.connection.target
+        tier = RemoteTier(target, self.name, timeout_s=self._timeout_s)
+        if tier.fingerprint != self.fingerprint:
+            tier.close()
+            raise SpecMismatchError(
+                f"{self.name} at {target} is now another table (fingerprint "
+                f"{tier.fingerprint}, was {self.fingerprint}); connect again",
+                "fingerprint",
+            )
+        with self._row_lock:
+            kept = self._row_tier = self._row_tier or tier
+        if kept is not tier or self._closed:  # `close` may have looked before there was one
+            tier.close()
+        return kept
 
     def prefetch(self, ngrams: Ngrams) -> RemotePrefetch:
         view = self._view()

@@ -21,7 +21,7 @@ from engram._channel import Tls
 from engram._failures import Failures
 from engram._link import Connection
 from engram._stream import StreamLostError
-from engram.errors import EngramError, SpecMismatchError, UnavailableError
+from engram.errors import EngramError, ServiceError, SpecMismatchError, UnavailableError
 from engram.ram.attach import Lease
 from engram.ram.bundle_tier import Deliver
 from engram.ram.cache import read_counts
@@ -77,18 +77,31 @@ class Attachment:
 
     def fetch(self, ngrams: Ngrams, deliver: Deliver, timeout_s: float) -> Failures:
         """As `Fetcher.fetch`; without waiting if the sidecar does not answer others."""
-        if not self.usable:
-            raise StreamLostError(f"the sidecar at {self.connection.target} is gone; restart it")
-        if self.stalled:
-            raise UnavailableError(
-                f"the sidecar at {self.connection.target} has stopped answering; is it stopped?"
-            )
+        self.require_answers()
         try:
             return self._fetcher.fetch(ngrams, deliver, timeout_s)
         except UnavailableError:
             if not self.stalled:
                 self.end()
             raise
+
+    def require_answers(self) -> None:
+        """Ask no further where nobody would answer.
+
+        Raises:
+            UnavailableError: the sidecar is gone, or has stopped answering.
+        """
+        if not self.usable:
+            raise StreamLostError(f"the sidecar at {self.connection.target} is gone; restart it")
+        if self.stalled:
+            raise UnavailableError(
+                f"the sidecar at {self.connection.target} has stopped answering; is it stopped?"
+            )
+
+    def doubt(self, ngrams: Ngrams) -> None:
+        """Ask for `ngrams` without waiting, so that `stalled` holds until the sidecar answers."""
+        with suppress(ServiceError):
+            self._fetcher.fetch(ngrams, lambda first, addresses: None, 0.0)
 
     def counts(self) -> dict[str, int]:
         """`engram.ram.cache.read_counts` of this attachment and all before."""
