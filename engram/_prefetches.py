@@ -93,7 +93,8 @@ class PrefetchStream:
                     self._stream = RequestStream(
                         self._stub.Prefetch, self._target, None, lambda: None
                     )
-                except (ServiceError, ValueError):  # ValueError: the channel was closed
+                except (ServiceError, ValueError, RuntimeError):
+                    # The channel was closed, or no thread can be started now.
                     return None
             return self._stream
 

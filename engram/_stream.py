@@ -98,7 +98,14 @@ class RequestStream:
         self._requests: SimpleQueue[Any] = SimpleQueue()
         self._call = method(iter(self._requests.get, None))
         self.boot_id = ""
-        threading.Thread(target=self._receive, name="engram-stream", daemon=True).start()
+        reader = threading.Thread(target=self._receive, name="engram-stream", daemon=True)
+        try:
+            reader.start()
+        except RuntimeError as error:
+            self.close()
+            raise UnavailableError(
+                f"no thread can be had for {target} ({error}); raise this process's limits"
+            ) from None
         if timeout_s is None:
             return
         if not self._answered.wait(timeout_s):

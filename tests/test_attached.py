@@ -352,3 +352,20 @@ def test_close_gives_the_memory_back(sidecar, exact):
         until(lambda: mapped() <= before)
     finally:
         gc.enable()
+
+
+def test_a_prefetch_without_a_thread_is_dropped(sidecar, monkeypatch):
+    start = threading.Thread.start
+
+    def none(thread):
+        if thread.name == "engram-stream":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with engram.connect(sidecar.address) as table:
+        monkeypatch.setattr(threading.Thread, "start", none)
+        table.prefetch(TOKENS + 300)
+        assert stats_of(table)["prefetches_dropped"] == 1
+        monkeypatch.undo()
+        table.prefetch(TOKENS + 300)
+        until_there(table, table.spec.windows(TOKENS + 300))
