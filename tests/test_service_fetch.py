@@ -118,7 +118,7 @@ def test_bundles_are_written_where_they_were_asked_for(served, stub, lease, coun
 REFUSED = {
     "no id": ({"request_id": 0}, "no request_id or no timeout"),
     "no timeout": ({"timeout_ms": 0}, "no request_id or no timeout"),
-    "chunk": ({"chunk": 16}, "staging chunk 16 does not exist; the lease has 16"),
+    "chunk": ({"chunk": 16}, "staging chunk 16 does not exist; the lease has 4"),
     "far chunk": ({"chunk": 2**32 - 1}, "staging chunk 4294967295 does not exist"),
     "order": ({"ngrams": pb.Ngrams(orders=b"\x05", ids=bytes(20))}, "orders must be 2 to 4"),
     "id": ({"ngrams": pb.Ngrams(orders=b"\x02", ids=b"\xff" * 8)}, "canonical ids, 0 to 449"),
