@@ -26,7 +26,7 @@ LEAVES = {"errors", "rows", "_jit", "sizes"}
 ALLOWED = {
     **{leaf: {"errors"} for leaf in LEAVES},
     "_counters": set(),
-    "_background": set(),
+    "_background": {"errors"},
     "_failures": {"errors"},
     "tiers": LEAVES | {"spec", "_ngrams"},
     "proto": set(),
