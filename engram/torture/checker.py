@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,3 +63,16 @@ class Checker:
         if scales is not None:
             wrong |= (scales.reshape(-1, scales.shape[-1]) != expected[:, split:]).any(axis=1)
         return int(wrong.sum())
+
+
+def different_rows(rows: Rows, others: Rows) -> int:
+    """How many of the rows `[T, layers, columns]` are not the same."""
+    different = 0
+    step = max(1, _CHUNK_ROWS // math.prod(rows.shape[1:]))
+    for first in range(0, rows.shape[0], step):
+        some = slice(first, first + step)
+        unequal = (rows.values[some] != others.values[some]).any(axis=-1)
+        if rows.scales is not None and others.scales is not None:
+            unequal |= (rows.scales[some] != others.scales[some]).any(axis=-1)
+        different += int(unequal.sum())
+    return different

@@ -20,17 +20,18 @@ from engram.remote import connect
 from engram.rows import Rows
 from engram.table import Table
 from engram.tiers import Prefetch
-from engram.torture.checker import Checker
+from engram.torture.checker import Checker, different_rows
 from engram.torture.held import HeldSlots
 from engram.torture.reports import Reporter, Watch, described, resources
 from engram.torture.traffic import PREFILL_TOKENS, Batch, Traffic
 
 LOOKUP_TIMEOUT_S = 10.0
-WORKS = 8
+WORKS = 9
 """Kinds of work."""
 _RETRY_S = 0.1
 _RESOURCES_EVERY_S = 1.0
 _PREFETCHES_KEPT = 4
+_REPEATS = 50
 _POISON = 0xA5
 
 
@@ -105,6 +106,7 @@ class Client:
             (7, self.held),
             (3, self.rows_by_id),
             (2, self.together),
+            (5, self.repeated),
         )
         assert len(works) == WORKS
         self._works: list[Callable[[], tuple[int, int]]] = [work for _, work in works]
@@ -204,6 +206,21 @@ class Client:
         if failed:
             raise InThreadError(failed[0])
         return sum(rows for rows, _ in found), sum(wrong for _, wrong in found)
+
+    def repeated(self) -> tuple[int, int]:
+        """What is frequent, again and again: little but copying, while others evict."""
+        batch, wanted = (
+            self._traffic.frequent(),
+            (len(self._table.layers), len(self._table.columns)),
+        )
+        checked, wrong = self._look_up(batch)
+        first, again = (
+            room.rows((len(batch.tokens), *wanted)) for room in (self._rooms[0], self._rooms[1])
+        )
+        for _ in range(_REPEATS):
+            self._table.lookup(batch.tokens, batch.starts, batch.history, batch.dead, out=again)
+            wrong += different_rows(first, again)
+        return (1 + _REPEATS) * checked, wrong
 
     def _batch(self) -> Batch:
         return self._traffic.prefill() if self._rng.random() < 0.5 else self._traffic.decode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from engram.spec import NgramSpec
 from engram.tiers import Int32s, Int64s
@@ -20,6 +21,7 @@ PREFILL_TOKENS = (48, 4096)
 DECODE_SEQUENCES = (1, 64)
 _PHRASES = 1 << 14
 _PHRASE_TOKENS = 16
+_FREQUENT, _FREQUENT_FROM_MAX = 24, 100
 _DEAD = 0.05
 
 
@@ -75,6 +77,14 @@ class Traffic:
         starts = np.arange(count + 1, dtype=np.int32)
         return Batch(window[:, -1].copy(), starts, window[:, :-1].copy())
 
+    def frequent(self) -> Batch:
+        """Phrases of nearly the same frequency, each once."""
+        first = int(self._rng.integers(_FREQUENT_FROM_MAX))
+        ranks = np.arange(first, first + _FREQUENT, dtype=np.uint64)
+        tokens = self._phrases(ranks).reshape(-1)
+        starts = np.array([0, len(tokens)], np.int32)
+        return Batch(tokens, starts, np.full((1, self._context), -1, np.int32))
+
     @property
     def _context(self) -> int:
         return self._spec.max_order - 1
@@ -83,6 +93,15 @@ class Traffic:
         """int32 `[count]`: phrases one after another."""
         phrases = -(-count // _PHRASE_TOKENS)
         ranks = np.searchsorted(self._bounds, self._rng.random(phrases)).astype(np.uint64)
+        tokens = self._phrases(ranks)
+        fresh = self._rng.random(phrases) < UNIFORM
+        tokens[fresh] = self._rng.integers(
+            0, self._spec.vocab_size, (int(fresh.sum()), _PHRASE_TOKENS)
+        )
+        return np.ascontiguousarray(tokens.reshape(-1)[:count])
+
+    def _phrases(self, ranks: npt.NDArray[np.uint64]) -> Int32s:
+        """int32 `[P, tokens]`."""
         words = ranks[:, None] * np.uint64(_PHRASE_TOKENS) + np.arange(
             _PHRASE_TOKENS, dtype=np.uint64
         )
@@ -90,9 +109,5 @@ class Traffic:
         words ^= words >> np.uint64(29)
         words *= np.uint64(0xBF58476D1CE4E5B9)
         words ^= words >> np.uint64(32)
-        tokens = (words % np.uint64(self._spec.vocab_size)).astype(np.int32)
-        fresh = self._rng.random(phrases) < UNIFORM
-        tokens[fresh] = self._rng.integers(
-            0, self._spec.vocab_size, (int(fresh.sum()), _PHRASE_TOKENS)
-        )
-        return np.ascontiguousarray(tokens.reshape(-1)[:count])
+        tokens: Int32s = (words % np.uint64(self._spec.vocab_size)).astype(np.int32)
+        return tokens
