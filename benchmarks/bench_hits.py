@@ -29,6 +29,7 @@ BUNDLES_PER_TOKEN, BUNDLE_BYTES = 3, 16 * 264
 SIZES = (1, 64, 2048)
 IGNORED, COUNTED = 5, 10
 """Calls of a block."""
+_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -219,12 +220,14 @@ def _no_helpers() -> Iterator[None]:
 def _turns(calls: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
     """Microseconds of each call, taking turns in blocks.
 
-    After each call to torch its threads go on spinning on the other cores for a while, so that
-    whoever comes next is measured without them: the first calls of a block do not count.
+    After a call to torch its threads go on spinning on the other cores for a while. So that
+    whoever comes next is measured without them, there is a pause between blocks, and the first
+    calls of each do not count.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(-(-runs // COUNTED)):
         for name, call in calls.items():
+            time.sleep(_PAUSE_S)
             times[name] += [call() for _ in range(IGNORED + COUNTED)][IGNORED:]
     return times
 
