@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from engram.store.synth import SyntheticSource
 from engram.store.writer import build_table
 
 SMALL_EXTENT_BLOCKS = 16
+
+# Whoever starts the tests in the background may have switched interrupts off, and tests send some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Sidecars started by commands would take a quarter of the machine each.
 os.environ.setdefault("ENGRAM_RAM", "16MiB")

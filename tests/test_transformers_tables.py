@@ -79,15 +79,15 @@ def test_a_damaged_row_is_named_and_the_model_goes_on(checkpoint, stored):
     resident = Qwen4ExpForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
     with engram.open(stored) as table:
         model = offload(copy.deepcopy(resident), table)
-        tier_read = table._tier.read
+        lookup = table._tier.lookup
 
         def damaged(*arguments):
             raise RowIntegrityError.of({2: [5]}, table.name)
 
-        table._tier.read = damaged
+        table._tier.lookup = damaged
         with pytest.raises(RowIntegrityError, match="layer 2 rows 5"):
             logits(model)
-        table._tier.read = tier_read
+        table._tier.lookup = lookup
         assert torch.equal(logits(model), logits(resident))
 
 
