@@ -93,7 +93,7 @@ def _run(plan: Plan, as_json: bool) -> int:
             )
 
         tally = torture(plan, progress)
-    facts = tally.facts()
+    facts = tally.facts(plan)
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
     else:

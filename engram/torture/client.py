@@ -87,13 +87,18 @@ class _Room:
 
 
 class Client:
-    """The work of one client on an open table."""
+    """The work of one client on an open table.
+
+    Attributes:
+        dropped: how often what was read in place turned out void.
+    """
 
     def __init__(self, table: Table, told: Told) -> None:
         self._table = table
         self._rng = np.random.default_rng([told.seed, told.serial])
         self._traffic = Traffic(table.spec, self._rng, told.traffic_seed)
         self._told = told
+        self.dropped = 0
         self._prefetches: list[Prefetch] = []
         self._rooms = [_Room(table) for _ in range(3)]
         self._checked = threading.local()
@@ -170,6 +175,7 @@ class Client:
             if not read:
                 raise
             # A sidecar that was still alive ended the lease: what was read in place is void.
+            self.dropped += 1
             return checked, wrong
         columns = slots.columns
         for rows in readings:
@@ -305,7 +311,8 @@ def _connect(told: Told, reporter: Reporter, stopping: threading.Event) -> Table
 
 def _work(table: Table, told: Told, reporter: Reporter, stopping: threading.Event) -> None:
     looked_at = 0.0
-    for work in Client(table, told).works():
+    client = Client(table, told)
+    for work in client.works():
         if stopping.is_set():
             return
         began = time.monotonic()
@@ -318,6 +325,7 @@ def _work(table: Table, told: Told, reporter: Reporter, stopping: threading.Even
             facts["failed"] = described(error)
         tier = table.stats()["tiers"][0]
         counts = {name: tier[name] for name in ("hits", "misses", "fetches", "read_directly")}
+        counts["dropped"] = client.dropped
         reporter.say("worked", seconds=time.monotonic() - began, **facts, **counts)
         if began - looked_at > _RESOURCES_EVERY_S:
             looked_at = began

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from engram.torture.plan import Plan
 
+_COUNTS = ("hits", "misses", "fetches", "read_directly", "dropped")
 _MESSAGES_KEPT = 10
 _EXPECTED = {"fail": ("UnavailableError", "StreamLostError")}
 _REPORTS_MIN = 10
@@ -28,7 +29,8 @@ class Tally:
         rows, wrong: checked, and not as they must be.
         failed: work that raised, by class.
         slowest_s: of any piece of work.
-        counts: n-grams found, missed, fetched, read directly, by client.
+        counts: of each client: n-grams found and missed, lookups that fetched and that read
+            directly, readings in place that turned out void.
         starts_s, recoveries_s, fetches_s: of sidecars: start to ready, ready to attached, ready
             to the first Fetch, one for each client.
         faults: what was done, how often.
@@ -64,9 +66,7 @@ class Tally:
         self.wrong += told["wrong"]
         self.slowest_s = max(self.slowest_s, told["seconds"])
         self.work[told["what"]] += 1
-        self.counts[told["client"]] = {
-            name: told[name] for name in ("hits", "misses", "fetches", "read_directly")
-        }
+        self.counts[told["client"]] = {name: told[name] for name in _COUNTS}
         if failed := told.get("failed"):
             self.failed[failed.partition(":")[0]] += 1
             if len(self.messages) < _MESSAGES_KEPT:
@@ -123,7 +123,7 @@ class Tally:
                     f"{after[name]:,} in the end"
                 )
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, plan: Plan) -> dict[str, Any]:
         """Everything, for printing."""
         counts = Counter[str]()
         for client in self.counts.values():
@@ -131,6 +131,7 @@ class Tally:
         first, last = self._quarters()
         return {
             "sound": not self.problems,
+            "plan": {name: value for name, value in asdict(plan).items() if name != "table"},
             "problems": self.problems,
             "rows_checked": self.rows,
             "rows_wrong": self.wrong,
@@ -138,7 +139,7 @@ class Tally:
             "lookups_failed": dict(self.failed),
             "messages": self.messages,
             "work": dict(self.work.most_common()),
-            "ngrams": dict(counts),
+            "counts": dict(counts),
             "slowest_s": round(self.slowest_s, 3),
             "faults": dict(self.faults),
             "sidecar_start_s": _spread(self.starts_s),
