@@ -206,7 +206,7 @@ def test_a_client_may_vanish_at_every_step(host, reader_bytes, step, reset):
             if reset:  # with something unread, so that the other side gets an error
                 client.socket.shutdown(socket.SHUT_RD)
     os.close(reader)
-    until(lambda: host.leases == 0)
+    until(lambda: host.server._places == LEASES_MAX)
     assert len(host.tiers["v41"].cache._readers) == 1
 
 
