@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ def show(lines: list[Line]) -> None:
             print(f"  bar       {line.bar}: {'reached' if line.reached else 'MISSED'}")
         if line.checksum:
             print(f"  checksum  {line.checksum}")
+    sys.stdout.flush()
 
 
 def save(directory: Path, command: str, lines: list[Line]) -> None:

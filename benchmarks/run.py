@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import bench_hash
@@ -49,36 +50,37 @@ def main(arguments: list[str]) -> None:
     if set(parts) - set(PARTS):
         parser.error(f"unknown part; choose of {', '.join(PARTS)}")
     place = Path(tempfile.mkdtemp(prefix="engram-bench-", dir=options.place))
+    lines: list[Line] = []
     try:
-        lines = _run(parts, place, options.smoke)
+        for measured in _run(parts, place, options.smoke):
+            show(measured)
+            lines += measured
+            if options.out:  # after each part, so that one which fails costs only itself
+                save(options.out, "python benchmarks/run.py " + " ".join(sys.argv[1:]), lines)
     finally:
         shutil.rmtree(place)
-    show(lines)
-    if options.out:
-        save(options.out, "python benchmarks/run.py " + " ".join(sys.argv[1:]), lines)
 
 
-def _run(parts: list[str], place: Path, smoke: bool) -> list[Line]:
-    lines: list[Line] = []
+def _run(parts: list[str], place: Path, smoke: bool) -> Iterator[list[Line]]:
+    """The lines of each part, once it has run."""
     if "hash" in parts:
-        lines += bench_hash.run(smoke)
+        yield bench_hash.run(smoke)
     if {"hits", "peers", "misses", "long", "warm", "cold", "grpc"} & set(parts):
         table = _table(place / "table", 2_000 if smoke else 320_000)
         for part, module in ON_ONE_TABLE.items():
             if part in parts:
-                lines += module.run(table, smoke)
+                yield module.run(table, smoke)
         if "warm" in parts:
-            lines += bench_lookup.warm(table, smoke)
+            yield bench_lookup.warm(table, smoke)
         if "grpc" in parts:
             from bench_grpc import run as run_grpc
 
-            lines += run_grpc(table, smoke)
+            yield run_grpc(table, smoke)
         if "cold" in parts:
-            lines += bench_lookup.cold(table, smoke)
+            yield bench_lookup.cold(table, smoke)
         shutil.rmtree(table)
     if "import" in parts:
-        lines += bench_import.run(place, smoke)
-    return lines
+        yield bench_import.run(place, smoke)
 
 
 def _table(path: Path, vocab_size: int) -> Path:
