@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from machine import microseconds
 from report import Line, Samples
+from turns import in_turns
 
 import engram
 from engram.bench import checksum
@@ -27,9 +30,8 @@ TEXT_TOKENS = 120_000
 HITS_BAR, ALONE_BAR, ONE_BAR_US, PROBE_BAR_US, SIDECAR_BAR = 0.8, 0.6, 15, 15, 1.1
 BUNDLES_PER_TOKEN, BUNDLE_BYTES = 3, 16 * 264
 SIZES = (1, 64, 2048)
-IGNORED, COUNTED = 5, 10
-"""Calls of a block."""
-_PAUSE_S = 0.02
+_STEPS_BYTES = 1 << 29
+"""Of the n-grams of all different steps: more than caches hold."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _first_after_attach(target: str, text: Text, smoke: bool) -> list[Line]:
 
 def _first(table: Table, text: Text, number: int) -> float:
     step, out = next(text.steps(64, number)), _room(table, 64)
-    return _time(lambda: table.lookup(*step, out=out))
+    return microseconds(lambda: table.lookup(*step, out=out))
 
 
 def _wait_until_populated(table: Table, text: Text) -> None:
@@ -119,56 +121,79 @@ def _hits(
     embedded: Table, attached: Table, flat: Any, text: Text, count: int, runs: int
 ) -> list[Line]:
     out = _room(embedded, count)
-    steps = text.steps(count, seed=count)
+    # Made before, because making them takes a core's caches for itself.
+    some = list(
+        islice(
+            text.steps(count, seed=count),
+            max(8, _STEPS_BYTES // (count * BUNDLE_BYTES * BUNDLES_PER_TOKEN)),
+        )
+    )
+    steps = cycle(some)
     rng = np.random.default_rng(count)
+    places = cycle(
+        torch.from_numpy(rng.integers(0, len(flat), BUNDLES_PER_TOKEN * count)) for _ in some
+    )
     copied = torch.zeros((BUNDLES_PER_TOKEN * count, BUNDLE_BYTES), dtype=torch.uint8)
 
     def lookup(table: Table) -> float:
         step = next(steps)
-        return _time(lambda: table.lookup(*step, out=out))
+        return microseconds(lambda: table.lookup(*step, out=out))
 
     def alone() -> float:
         with _no_helpers():
             return lookup(embedded)
 
     def copy() -> float:
-        places = torch.from_numpy(rng.integers(0, len(flat), len(copied)))
-        return _time(lambda: torch.index_select(flat, 0, places, out=copied))
+        chosen = next(places)
+        return microseconds(lambda: torch.index_select(flat, 0, chosen, out=copied))
+
+    def copy_alone() -> float:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return copy()
+        finally:
+            torch.set_num_threads(threads)
 
     calls = {
         "embedded": lambda: lookup(embedded),
         "copy": copy,
         "attached": lambda: lookup(attached),
         "alone": alone,
+        "copy_alone": copy_alone,
     }
     missed = [table.stats()["tiers"][0]["misses"] for table in (embedded, attached)]
-    times = _turns(calls, runs)
+    times = in_turns(calls, runs)
     step = next(steps)
     found = _sum(embedded.lookup(*step, out=out))
     if found != _sum(attached.lookup(*step, out=out)):
         raise SystemExit("the sidecar's rows differ from the embedded table's")
     if missed != [table.stats()["tiers"][0]["misses"] for table in (embedded, attached)]:
         raise SystemExit("a lookup missed")
-    plain = ("torch.index_select of as many bundles, places known", Samples.of(times["copy"]))
-    lines = []
-    for which, bar in (("embedded", HITS_BAR), ("alone", ALONE_BAR)):
-        ratio = _ratio(times["copy"], times[which])
-        judged = count == 64
-        how = "embedded" if which == "embedded" else "embedded, one thread"
-        one = count == 1 and which == "embedded"
+    one, judged = count == 1, count == 64
+
+    def beside(which: str, how: str, copy: str, on: str, bar: float) -> Line:
+        ratio = _ratio(times[copy], times[which])
         median = float(np.median(times[which]))
-        lines.append(
-            Line(
-                f"hits, {count:,} tokens, {how}",
-                "us",
-                Samples.of(times[which]),
-                *plain,
-                ratio,
-                f"at most {ONE_BAR_US} us" if one else f"at least {bar} of it" if judged else "",
-                median <= ONE_BAR_US if one else ratio >= bar if judged else None,
-                found,
-            )
+        within = one and which == "embedded"
+        return Line(
+            f"hits, {count:,} tokens, {how}",
+            "us",
+            Samples.of(times[which]),
+            f"torch.index_select of as many bundles, places known, {on}",
+            Samples.of(times[copy]),
+            ratio,
+            f"at most {ONE_BAR_US} us" if within else f"at least {bar} of it" if judged else "",
+            median <= ONE_BAR_US if within else ratio >= bar if judged else None,
+            found,
         )
+
+    all_threads = "on all cores"
+    lines = [
+        beside("embedded", "embedded", "copy", all_threads, HITS_BAR),
+        beside("alone", "embedded, one thread", "copy", all_threads, ALONE_BAR),
+        beside("alone", "embedded, one thread", "copy_alone", "one thread", ALONE_BAR),
+    ]
     ratio = 1 / _ratio(times["embedded"], times["attached"])
     lines.append(
         Line(
@@ -215,27 +240,6 @@ def _no_helpers() -> Iterator[None]:
         yield
     finally:
         _crew.WORTHWHILE_BYTES = before
-
-
-def _turns(calls: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """Microseconds of each call, taking turns in blocks.
-
-    After a call to torch its threads go on spinning on the other cores for a while. So that
-    whoever comes next is measured without them, there is a pause between blocks, and the first
-    calls of each do not count.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(-(-runs // COUNTED)):
-        for name, call in calls.items():
-            time.sleep(_PAUSE_S)
-            times[name] += [call() for _ in range(IGNORED + COUNTED)][IGNORED:]
-    return times
-
-
-def _time(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return (time.perf_counter() - began) * 1e6
 
 
 def _ratio(above: list[float], below: list[float]) -> float:

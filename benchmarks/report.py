@@ -88,12 +88,24 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
+        "huge_pages": _huge_pages(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "numba": numba.__version__,
         "lmdb": ".".join(map(str, lmdb.version())),
         "grpcio": grpc.__version__,
     }
+
+
+def _huge_pages() -> str:
+    """For private and for shared memory, as the kernel is set."""
+    folder = Path("/sys/kernel/mm/transparent_hugepage")
+    chosen = []
+    for name in ("enabled", "shmem_enabled"):
+        file = folder / name
+        words = file.read_text() if file.exists() else "[unknown]"
+        chosen.append(f"{name} {words.split('[')[1].split(']')[0]}")
+    return ", ".join(chosen)
 
 
 def show(lines: list[Line]) -> None:

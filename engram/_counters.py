@@ -19,9 +19,10 @@ class Counters:
         _ALL.add(self)
 
     def add(self, **increments: int) -> None:
+        counts = self._counts
         with self._lock:
             for name, increment in increments.items():
-                self._counts[name] += increment
+                counts[name] += increment
 
     def read(self) -> dict[str, int]:
         with self._lock:

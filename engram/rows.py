@@ -157,11 +157,10 @@ class Rows:
             SelectionError: wrong dtype, shape or order, or read-only, with both shapes named.
         """
         self.check(shape, row_format)
-        values, scales = self.values, self.scales
-        count = math.prod(shape)
+        scales = self.scales
         if scales is not None:
-            scales = scales.reshape(count, row_format.scale_bytes)
-        return Rows(values.reshape(count, row_format.value_bytes), scales)
+            scales = scales.reshape(-1, row_format.scale_bytes)
+        return Rows(self.values.reshape(-1, row_format.value_bytes), scales)
 
     def check(self, shape: tuple[int, ...], row_format: RowFormat) -> None:
         """Refuse buffers that a lookup of `shape` rows cannot fill.

@@ -96,12 +96,12 @@ class Table:
         if out is None:
             out = Rows.empty(shape, self.row_format)
         flat = _flat(out, shape, self.row_format)
-        failed = 1
         try:
             self._tier.lookup(batch.windows, selection, flat)
-            failed = 0
-        finally:
-            self._counters.add(lookups=1, tokens=len(batch.tokens), lookups_failed=failed)
+        except BaseException:
+            self._counters.add(lookups=1, tokens=len(batch.tokens), lookups_failed=1)
+            raise
+        self._counters.add(lookups=1, tokens=len(batch.tokens))
         return out
 
     def lookup_rows(self, layer: int, row_ids: npt.ArrayLike, out: Rows | None = None) -> Rows:

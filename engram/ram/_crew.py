@@ -5,10 +5,14 @@
 A lookup too small to gain never looks here. A larger one offers its tokens in chunks; whoever is
 free claims the next, the caller too, so it never waits for a helper that has not come. Helpers
 stay awake for a moment after each job, because waking one up takes longer than copying 64 tokens,
-and sleep in the kernel otherwise.
+and sleep in the kernel otherwise. Where processes compete for the cores, help only takes time from
+other lookups, so none is asked for.
 
     lock       one lookup at a time has helpers; another that comes meanwhile works alone
-    next       next chunk of the job that is on offer
+    claimed    chunks of the job that somebody has claimed: the caller from the first on, helpers
+               from the last on, so that each finds its part of a caller's buffer, which is used
+               again and again, in its own cache
+    from_last  those of the helpers
     state      of one helper: IDLE, OFFERED (by the caller), AT_WORK (by the helper), QUIT (at the
                interpreter's end, never while at work)
 
@@ -21,7 +25,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import resource
 import threading
+import time
 
 import numba
 import numpy as np
@@ -50,15 +56,23 @@ CHUNK_TOKENS = 8
 WORTHWHILE_BYTES = 1 << 17
 """Bytes of a lookup from which on help pays."""
 HELPERS_MAX = 3
-_SPINS = 2_000
+_AWAKE_NS = 300_000
+"""How long a helper waits awake for the next job."""
+_PAUSES = 32
+"""Between two looks at the clock."""
+_WATCH_S, _SWITCHES_A_SECOND_MAX, _ALONE_S = 0.05, 120, 0.4
+"""If this process's threads lose their cores more often than this over such a while, others want
+them, and it does without helpers for a time. Alone it was seen to lose them 33 times a second,
+beside one or three like it 140 to 350 times."""
 _IDLE, _OFFERED, _AT_WORK, _QUIT = (np.uint64(state) for state in range(4))
 """States of a helper."""
 
 # Words of the crew's memory.
-_LOCK, _NEXT, _HELPERS = 0, 8, 1
+_LOCK, _HELPERS, _CLAIMED, _FROM_LAST = 0, 1, 8, 9
 _JOB = 16
-_FIRST_HELPER, _HELPER_WORDS = 32, 8
-_ASLEEP = 1
+_FIRST_HELPER, _HELPER_WORDS = 32, 16
+_ASLEEP, _CLOCK = 1, 8
+"""Words of a helper after its state; the clock's two are on a line of their own."""
 
 # Words of a job.
 (
@@ -81,9 +95,11 @@ _ASLEEP = 1
 
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine)
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
+_CLOCK_MONOTONIC = 1
 _i64 = types.int64
 _syscall = types.ExternalFunction("syscall", _i64(_i64, _i64, _i64, _i64, _i64))
 """`syscall` of libc; whole words only, so that being variadic makes no difference."""
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, _i64))
 
 
 @intrinsic
@@ -110,7 +126,7 @@ def _array(crew, field, count, dtype):
 
 
 @kernel
-def _work(crew):
+def _work(crew, is_caller):
     """Do chunks of the job on offer until none is left; adds its misses to the job's."""
     view = unpack_view(_array(crew, _VIEW, 32, np.int64))
     tokens, width, orders, pieces = (
@@ -124,11 +140,15 @@ def _work(crew):
     copies = _array(crew, _PIECES, pieces * 4, np.int64).reshape(pieces, 4)
     bounds = _array(crew, _BOUNDS, orders + 1, np.int64)
     slots = _array(crew, _SLOTS, tokens * orders, np.int64).reshape(tokens, orders)
-    misses = 0
-    while True:
-        first = np.int64(add_atomic(crew + _NEXT * 8, np.uint64(CHUNK_TOKENS)))
-        if first >= tokens:
-            break
+    chunks = (tokens + CHUNK_TOKENS - 1) // CHUNK_TOKENS
+    misses = done = 0
+    while np.int64(add_atomic(crew + _CLAIMED * 8, np.uint64(1))) < chunks:
+        if is_caller:
+            chunk = done
+        else:
+            chunk = chunks - 1 - np.int64(add_atomic(crew + _FROM_LAST * 8, np.uint64(1)))
+        first = chunk * CHUNK_TOKENS
+        done += 1
         misses += copy_range(
             view,
             windows,
@@ -147,23 +167,32 @@ def _work(crew):
 
 
 @kernel
+def _now_ns(room):
+    """The time; `room` is 16 bytes for it."""
+    _clock_gettime(np.int32(_CLOCK_MONOTONIC), room)
+    return np.int64(load_u64(room)) * 1_000_000_000 + np.int64(load_u64(room + 8))
+
+
+@kernel
 def help_out(crew, helper):
     """What a helper does for all its life."""
     state = crew + (_FIRST_HELPER + helper * _HELPER_WORDS) * 8
-    asleep = state + _ASLEEP * 8
-    spins = 0
+    asleep, clock = state + _ASLEEP * 8, state + _CLOCK * 8
+    until = _now_ns(clock) + _AWAKE_NS
     while True:
         now = load_acquire(state)
         if now == _QUIT:
             return
         if now == _OFFERED:
             if compare_exchange(state, _OFFERED, _AT_WORK):
-                _work(crew)
+                _work(crew, False)
                 store_release(state, _IDLE)
-            spins = 0
-        elif spins < _SPINS:
-            spins += 1
-            pause()
+            until = _now_ns(clock) + _AWAKE_NS
+        elif _now_ns(clock) < until:
+            for _ in range(_PAUSES):
+                if load_relaxed(state) != _IDLE:
+                    break
+                pause()
         else:
             # The kernel compares the state once more before it puts this thread to sleep, and
             # who offers looks whether to wake it only after it has changed the state.
@@ -171,7 +200,7 @@ def help_out(crew, helper):
             fence_full()
             _syscall(_FUTEX, state, _FUTEX_WAIT_PRIVATE, np.int64(_IDLE), 0)
             store_relaxed(asleep, np.uint64(0))
-            spins = 0
+            until = _now_ns(clock) + _AWAKE_NS
 
 
 @kernel
@@ -217,9 +246,10 @@ def copy_hits_together(
     _set_job(crew, _SCALE_STRIDE, scales.size // tokens)
     _set_job(crew, _SLOTS, slots.ctypes.data)
     _set_job(crew, _MISSES, 0)
-    store_relaxed(crew + _NEXT * 8, np.uint64(0))
+    store_relaxed(crew + _CLAIMED * 8, np.uint64(0))
+    store_relaxed(crew + _FROM_LAST * 8, np.uint64(0))
     _offer(crew)
-    _work(crew)
+    _work(crew, True)
     _take_back(crew)
     misses = _job(crew, _MISSES)
     store_release(crew + _LOCK * 8, np.uint64(0))
@@ -277,8 +307,36 @@ _crew: Crew | None = None
 _making = threading.Lock()
 
 
+class _Competition:
+    """Whether other processes compete for the cores, from how often this one loses them."""
+
+    def __init__(self) -> None:
+        self._looked = time.monotonic()
+        self._alone_until = 0.0
+        self._switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+    def now(self) -> bool:
+        now = time.monotonic()
+        if now < self._alone_until:
+            return True
+        past = now - self._looked
+        if past < _WATCH_S:
+            return False
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        many = switches - self._switches > _SWITCHES_A_SECOND_MAX * past
+        self._looked, self._switches = now, switches
+        if many:
+            self._alone_until = now + _ALONE_S
+        return many
+
+
+_competition = _Competition()
+
+
 def crew() -> int:
-    """Address of this process's crew, or 0 if it has none."""
+    """Address of this process's crew, or 0 if it has none, or does better without it now."""
+    if _competition.now():
+        return 0
     global _crew  # noqa: PLW0603 - one for the process, whatever it opens
     if _crew is None:
         with _making:
