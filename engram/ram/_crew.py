@@ -60,10 +60,10 @@ _AWAKE_NS = 300_000
 """How long a helper waits awake for the next job."""
 _PAUSES = 32
 """Between two looks at the clock."""
-_WATCH_S, _SWITCHES_A_SECOND_MAX, _ALONE_S = 0.05, 120, 0.4
-"""If this process's threads lose their cores more often than this over such a while, others want
-them, and it does without helpers for a time. Alone it was seen to lose them 33 times a second,
-beside one or three like it 140 to 350 times."""
+_WATCH_S, _SWITCHES_MAX, _ALONE_S = 0.04, 1, 0.4
+"""If a thread that looks up loses its core more often than this in such a while, others want the
+cores, and it does without helpers for a time. Alone it was seen to lose it 3 times a second,
+beside one or three processes like it 90 times and more."""
 _IDLE, _OFFERED, _AT_WORK, _QUIT = (np.uint64(state) for state in range(4))
 """States of a helper."""
 
@@ -307,27 +307,23 @@ _crew: Crew | None = None
 _making = threading.Lock()
 
 
-class _Competition:
-    """Whether other processes compete for the cores, from how often this one loses them."""
+class _Competition(threading.local):
+    """Whether others compete for the cores, from how often this thread loses its own."""
 
     def __init__(self) -> None:
         self._looked = time.monotonic()
         self._alone_until = 0.0
-        self._switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        self._switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
     def now(self) -> bool:
         now = time.monotonic()
-        if now < self._alone_until:
-            return True
-        past = now - self._looked
-        if past < _WATCH_S:
-            return False
-        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-        many = switches - self._switches > _SWITCHES_A_SECOND_MAX * past
-        self._looked, self._switches = now, switches
-        if many:
-            self._alone_until = now + _ALONE_S
-        return many
+        if now - self._looked > _WATCH_S:
+            switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+            rate = (switches - self._switches) / (now - self._looked)
+            if rate > _SWITCHES_MAX / _WATCH_S:
+                self._alone_until = now + _ALONE_S
+            self._looked, self._switches = now, switches
+        return now < self._alone_until
 
 
 _competition = _Competition()
