@@ -170,12 +170,14 @@ def _hits(
         raise SystemExit("the sidecar's rows differ from the embedded table's")
     if missed != [table.stats()["tiers"][0]["misses"] for table in (embedded, attached)]:
         raise SystemExit("a lookup missed")
-    one, judged = count == 1, count == 64
+    return _lines(count, times, found)
 
+
+def _lines(count: int, times: dict[str, list[float]], found: str) -> list[Line]:
     def beside(which: str, how: str, copy: str, on: str, bar: float) -> Line:
         ratio = _ratio(times[copy], times[which])
         median = float(np.median(times[which]))
-        within = one and which == "embedded"
+        within, judged = count == 1 and which == "embedded", count == 64
         return Line(
             f"hits, {count:,} tokens, {how}",
             "us",
@@ -188,14 +190,11 @@ def _hits(
             found,
         )
 
-    all_threads = "on all cores"
-    lines = [
-        beside("embedded", "embedded", "copy", all_threads, HITS_BAR),
-        beside("alone", "embedded, one thread", "copy", all_threads, ALONE_BAR),
-        beside("alone", "embedded, one thread", "copy_alone", "one thread", ALONE_BAR),
-    ]
     ratio = 1 / _ratio(times["embedded"], times["attached"])
-    lines.append(
+    return [
+        beside("embedded", "embedded", "copy", "on all cores", HITS_BAR),
+        beside("alone", "embedded, one thread", "copy", "on all cores", ALONE_BAR),
+        beside("alone", "embedded, one thread", "copy_alone", "one thread", ALONE_BAR),
         Line(
             f"hits, {count:,} tokens, through the sidecar's arena",
             "us",
@@ -206,9 +205,8 @@ def _hits(
             f"at most {SIDECAR_BAR} of embedded",
             ratio <= SIDECAR_BAR,
             found,
-        )
-    )
-    return lines
+        ),
+    ]
 
 
 def _probe(embedded: Table, text: Text, runs: int) -> Line:

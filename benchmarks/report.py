@@ -124,10 +124,12 @@ def show(lines: list[Line]) -> None:
     sys.stdout.flush()
 
 
-def save(directory: Path, command: str, lines: list[Line]) -> None:
-    """Write `results.json` and `results.md` into `directory`."""
+def save(
+    directory: Path, command: str, lines: list[Line], facts: dict[str, Any] | None = None
+) -> None:
+    """Write `results.json` and `results.md` into `directory`; `facts` go beside the environment."""
     directory.mkdir(parents=True, exist_ok=True)
-    facts = environment()
+    facts = environment() | (facts or {})
     body = {"command": command, "environment": facts, "lines": [asdict(line) for line in lines]}
     (directory / "results.json").write_text(json.dumps(body, indent=1) + "\n")
     text = [f"Command: `{command}`", "", *(f"- {name}: {facts[name]}" for name in facts), ""]

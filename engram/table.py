@@ -19,7 +19,7 @@ from engram.rows import RowFormat, Rows
 from engram.sizes import parse_size
 from engram.spec import NgramSpec
 from engram.ssd import SsdTier
-from engram.tiers import Ngrams, Prefetch, Selection, Tier
+from engram.tiers import Ngrams, Prefetch, Prefetches, Selection, Tier
 
 RAM_BYTES_DEFAULT = 1 << 30
 _SELECTIONS_KEPT = 64
@@ -38,6 +38,7 @@ class Table:
         columns: all column numbers.
         fingerprint: digest of the content, equal wherever the same rows are stored.
         name: how messages name the table.
+        on_devices: its `engram.gpu.tier.GpuTier`s in this process, closed with it.
     """
 
     spec: NgramSpec
@@ -58,6 +59,7 @@ class Table:
         self._everything = Selection.of(tier.spec)
         self._counters = Counters("lookups", "tokens", "lookups_failed")
         self._selections: dict[tuple[Any, Any], Selection] = {}
+        self.on_devices: list[Any] = []
 
     def lookup(
         self,
@@ -147,6 +149,8 @@ class Table:
         starts: npt.ArrayLike | None = None,
         history: npt.ArrayLike | None = None,
         dead: npt.ArrayLike | None = None,
+        *,
+        tier: str = "ram",
     ) -> Prefetch:
         """Bring the rows of a coming `lookup` closer; returns at once.
 
@@ -154,6 +158,8 @@ class Table:
         one call, as sequences of a batch.
 
         Args and raises: as `lookup`, but rows that cannot be read are left for the lookup to name.
+            tier: how far: `"ram"`, or `"gpu"`, into the device memory that `engram.nn` modules of
+                this table keep (their `hbm`); as far as there is a tier.
 
         Returns:
             a handle to cancel it with, once its request has gone away.
@@ -162,12 +168,18 @@ class Table:
         windows = windows.reshape(-1, self.spec.max_order)
         ngrams: Ngrams
         ngrams, _, _ = distinct_ngrams(windows, self.spec.min_order, self._everything)
-        return self._tier.prefetch(ngrams) if len(ngrams) else Prefetch()
+        if tier not in ("ram", "gpu"):
+            raise SelectionError(f"tier must be 'ram' or 'gpu', not {tier!r}")
+        if not len(ngrams):
+            return Prefetch()
+        if tier == "gpu" and self.on_devices:
+            return Prefetches([each.prefetch(ngrams) for each in self.on_devices])
+        return self._tier.prefetch(ngrams)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the table was opened, with those of its tiers, fastest first, under
         `"tiers"`."""
-        tiers = []
+        tiers = [each.stats() for each in self.on_devices]
         tier: Tier | None = self._tier
         while tier is not None:
             tiers.append(tier.stats())
@@ -176,6 +188,8 @@ class Table:
 
     def close(self) -> None:
         """Free files, maps and connections; safe to call twice."""
+        for each in self.on_devices:
+            each.close()
         self._tier.close()
 
     def _selection(self, layers: Sequence[int] | None, columns: Sequence[int] | None) -> Selection:

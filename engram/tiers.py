@@ -155,6 +155,19 @@ class Prefetch:
         self.cancelled = True
 
 
+class Prefetches(Prefetch):
+    """Several at once."""
+
+    def __init__(self, parts: Sequence[Prefetch]) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def cancel(self) -> None:
+        super().cancel()
+        for part in self._parts:
+            part.cancel()
+
+
 class Tier(ABC):
     """Serves rows of one table.
 

@@ -200,10 +200,13 @@ class ArenaReader(BundleTier):
     def _view(self):
         return self.packed_view
 
+    def in_place(self):
+        return None
+
     def _epochs(self):
         return self.own_epochs
 
-    def _fetch(self, ngrams, selection, deliver):
+    def fetch(self, ngrams, selection, deliver):
         keys = keys_of(ngrams)
         self.fetched.append(keys)
         contents = np.stack([self._content(key) for key in keys])

@@ -23,6 +23,8 @@ import numpy.typing as npt
 import torch
 
 from engram.nn._lookup import LayerRows, TableRef, read
+from engram.nn._prepared import Prepared, gpu_tier, prepare
+from engram.tiers import Selection
 
 if TYPE_CHECKING:
     from engram.table import Table
@@ -83,7 +85,7 @@ def _last(before: Int64s, blank: Int64s) -> Int64s:
 @dataclass
 class _Step:
     request: Request | None = None
-    rows: LayerRows | None = None
+    rows: LayerRows | Prepared | None = None
     served: set[int] = field(default_factory=set)
 
 
@@ -95,16 +97,18 @@ class SharedLookup:
     Args:
         table: where rows come from.
         layers: model layer indices that share a step.
+        hbm: bytes on a CUDA device for n-grams that come again.
     """
 
-    def __init__(self, table: Table, layers: tuple[int, ...]) -> None:
+    def __init__(self, table: Table, layers: tuple[int, ...], hbm: int = 0) -> None:
         self._ref = TableRef(table)
+        self._hbm = hbm
         self.layers = layers
         self.width = table.spec.max_order - 1
         self._steps: dict[int, _Step] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedLookup:
-        return SharedLookup(self.table, self.layers)
+        return SharedLookup(self.table, self.layers, self._hbm)
 
     @property
     def table(self) -> Table:
@@ -157,8 +161,15 @@ class SharedLookup:
         step.request, step.rows = own, None
         return own
 
-    def _read(self, request: Request, layers: tuple[int, ...], history: Int64s) -> LayerRows:
+    def _read(
+        self, request: Request, layers: tuple[int, ...], history: Int64s
+    ) -> LayerRows | Prepared:
         batch = {"starts": None, "history": history, "dead": None}
         device = request.ids.device
         columns = self.table.columns
+        selection = Selection.of(self.table.spec, layers)
+        tier = gpu_tier(self.table, selection, device, self._hbm)
+        if tier is not None:
+            given = self.table.spec.batch(request.tokens, history=history)
+            return prepare(tier, given.windows, given.shape, layers, torch.float32, None)
         return read(self.table, request.tokens, batch, layers, columns, torch.float32, device)

@@ -18,6 +18,7 @@ from transformers.models.qwen4_exp import modeling_qwen4_exp as qwen4_exp
 from engram.errors import ModelError
 from engram.integrations import _qwen4_exp
 from engram.integrations._steps import SharedLookup
+from engram.sizes import parse_size
 
 if TYPE_CHECKING:
     from engram.table import Table
@@ -30,7 +31,7 @@ _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfol
 """Arguments of `from_pretrained` that say where a checkpoint is."""
 
 
-def offload(model: Model, table: Table, *, check_rows: bool = True) -> Model:
+def offload(model: Model, table: Table, *, check_rows: bool = True, hbm: int | str = 0) -> Model:
     """Let a model take its n-gram embeddings from `table`, and free its own tables.
 
     The logits stay the same to the last bit where the table holds the model's own rows: with and
@@ -52,6 +53,7 @@ def offload(model: Model, table: Table, *, check_rows: bool = True) -> Model:
             weights they stand in for.
         check_rows: compare 64 rows of each layer with the model's before freeing those. Quantized
             rows and weights on the meta device are never compared.
+        hbm: memory on the model's CUDA device for n-grams that come again, like `"2GiB"`.
 
     Returns:
         `model`.
@@ -68,7 +70,7 @@ def offload(model: Model, table: Table, *, check_rows: bool = True) -> Model:
         _qwen4_exp.check_layer(table, layer, ple.ple_embedding)
         if check_rows:
             _qwen4_exp.check_rows(table, layer, ple.ple_embedding)
-    shared = SharedLookup(table, tuple(layers))
+    shared = SharedLookup(table, tuple(layers), parse_size(hbm))
     hooks = _qwen4_exp.StepHooks(text_model, shared)
     for ple in layers.values():
         ple.ple_embedding = _qwen4_exp.OffloadedNgramEmbedding(ple.ple_embedding, shared)

@@ -7,9 +7,10 @@ from importlib.util import find_spec
 if find_spec("torch") is None:
     raise ModuleNotFoundError("engram.nn needs PyTorch: pip install 'engram-offload[torch]'")
 
-from engram.nn._dequantize import dequantize
+from engram.gpu.dequantize import dequantize
 from engram.nn._fusion import DeepSeekDemoFusion, DeepSeekV41Fusion
 from engram.nn._lookup import EngramEmbedding, EngramLookup, LayerRows
+from engram.nn._prepared import Prepared
 
 __all__ = [
     "DeepSeekDemoFusion",
@@ -17,5 +18,6 @@ __all__ = [
     "EngramEmbedding",
     "EngramLookup",
     "LayerRows",
+    "Prepared",
     "dequantize",
 ]

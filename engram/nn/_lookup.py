@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from engram.errors import SelectionError, TokenError
-from engram.nn._dequantize import dequantize
+from engram.gpu.dequantize import dequantize
+from engram.gpu.tier import GpuTier
+from engram.nn._prepared import Prepared, gpu_tier, prepare
 from engram.rows import RowFormat, Rows
-from engram.tiers import chosen
+from engram.sizes import parse_size
+from engram.tiers import Prefetch, Selection, chosen
 
 if TYPE_CHECKING:
     from engram.table import Table
@@ -63,6 +66,10 @@ class LayerRows:
         """
         return self.decode(layer, self._dtype, self._values.device)
 
+    def wait(self) -> LayerRows:
+        """As `Prepared.wait`: nothing is left to wait for."""
+        return self
+
     def decode(self, layer: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """As `[layer]`, in another dtype or on another device."""
         if layer not in self.layers:
@@ -82,7 +89,8 @@ def read(
     dtype: torch.dtype,
     device: torch.device,
 ) -> LayerRows:
-    """One `Table.lookup`, its bytes brought to `device` without waiting for it.
+    """One `Table.lookup`, its bytes brought to `device` without waiting for it: what serves where
+    there is no GPU tier.
 
     Bytes bound for a CUDA device land in pinned memory, which torch reuses only after the copy
     from it has finished.
@@ -105,6 +113,11 @@ def read(
     return LayerRows(values, scales, row_format, layers, dtype)
 
 
+def _require_ids(tokens: torch.Tensor) -> None:
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise TokenError(f"token ids must be integers, not {tokens.dtype}")
+
+
 def _on_host(part: Any) -> Any:
     return part.detach().cpu().numpy() if isinstance(part, torch.Tensor) else part
 
@@ -123,9 +136,11 @@ class EngramLookup(nn.Module):
         columns: column numbers, in the order wanted; all when None.
         device: where the embeddings go; when None, where the tokens are. Tokens kept on the host
             with `device` naming a CUDA device spare the wait for a copy of them.
+        hbm: memory on a CUDA device for n-grams that come again, like `"2GiB"` or in bytes.
 
     Raises:
         SelectionError: a layer or column that the table lacks, or a dtype that is not floating.
+        ConfigError: `hbm` is no size. More than the device has free is refused by the first call.
     """
 
     def __init__(
@@ -135,6 +150,7 @@ class EngramLookup(nn.Module):
         layers: Sequence[int] | None = None,
         columns: Sequence[int] | None = None,
         device: torch.device | str | None = None,
+        hbm: int | str = 0,
     ) -> None:
         super().__init__()
         if not dtype.is_floating_point:
@@ -143,6 +159,8 @@ class EngramLookup(nn.Module):
         self.columns = chosen("column", columns, table.columns)
         self.dtype = dtype
         self.device = None if device is None else torch.device(device)
+        self.hbm = parse_size(hbm)
+        self._selection = Selection.of(table.spec, self.layers, self.columns)
         self._ref = TableRef(table)
 
     @property
@@ -161,7 +179,7 @@ class EngramLookup(nn.Module):
         starts: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
-    ) -> LayerRows:
+    ) -> LayerRows | Prepared:
         """Look up all layers for `tokens`.
 
         Args:
@@ -169,15 +187,63 @@ class EngramLookup(nn.Module):
             starts, history, dead: as for `Table.lookup`.
 
         Returns:
-            Each layer's embeddings `[*tokens.shape, columns * dim]`, decoded when asked for.
+            Each layer's embeddings `[*tokens.shape, columns * dim]`, by model layer index.
 
         Raises: as `Table.lookup`.
         """
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise TokenError(f"token ids must be integers, not {tokens.dtype}")
-        batch = {"starts": starts, "history": history, "dead": dead}
         device = tokens.device if self.device is None else self.device
+        tier = gpu_tier(self.table, self._selection, device, self.hbm)
+        if tier is not None:
+            return self._prepare(tier, tokens, starts, history, dead, None).wait()
+        _require_ids(tokens)
+        batch = {"starts": starts, "history": history, "dead": dead}
         return read(self.table, tokens, batch, self.layers, self.columns, self.dtype, device)
+
+    @torch.compiler.disable
+    def prepare(
+        self,
+        tokens: torch.Tensor,
+        starts: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+        dead: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> LayerRows | Prepared:
+        """Begin a step: its embeddings are gathered on a stream of their own, beside whatever the
+        device does. Call `wait` on the result at the first layer that needs them.
+
+        With a captured CUDA graph, pass the same `out` for each replay, which the graph reads:
+        `prepare(tokens, out=out).wait(); graph.replay()`.
+
+        Args:
+            tokens, starts, history, dead: as for `forward`; on the host, or the step waits for
+                their copy.
+            out: to be filled, dtype `[layers, *tokens.shape, columns * dim]` on the device; fresh
+                memory when None.
+
+        Raises: as `forward`; SelectionError for an `out` that does not fit.
+        """
+        device = tokens.device if self.device is None else self.device
+        tier = gpu_tier(self.table, self._selection, device, self.hbm)
+        if tier is None:
+            if out is not None:
+                raise SelectionError(f"out is for tables with a GPU tier; {device} has none here")
+            rows: LayerRows = self.forward(tokens, starts, history, dead)
+            return rows
+        return self._prepare(tier, tokens, starts, history, dead, out)
+
+    def _prepare(
+        self,
+        tier: GpuTier,
+        tokens: torch.Tensor,
+        starts: Any,
+        history: Any,
+        dead: Any,
+        out: torch.Tensor | None,
+    ) -> Prepared:
+        _require_ids(tokens)
+        parts = (_on_host(part) for part in (tokens, starts, history, dead))
+        batch = self.table.spec.batch(*parts)
+        return prepare(tier, batch.windows, batch.shape, self.layers, self.dtype, out)
 
     def prefetch(
         self,
@@ -185,11 +251,11 @@ class EngramLookup(nn.Module):
         starts: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
-    ) -> None:
-        """Bring the rows of a coming call closer; returns at once."""
-        batch = {"starts": starts, "history": history, "dead": dead}
-        host = {name: _on_host(part) for name, part in batch.items()}
-        self.table.prefetch(_on_host(tokens), **host)
+    ) -> Prefetch:
+        """Bring the rows of a coming call closer, up to the device; returns at once, with what
+        cancels it."""
+        parts = [_on_host(part) for part in (tokens, starts, history, dead)]
+        return self.table.prefetch(*parts, **({"tier": "gpu"} if self.hbm else {}))
 
     def extra_repr(self) -> str:
         return f"{self.table!r}, layers={list(self.layers)}, dtype={self.dtype}"
@@ -204,7 +270,7 @@ class EngramEmbedding(nn.Module):
     Args:
         table: from `engram.open` or `engram.connect`.
         layer: model layer index, 0-based.
-        dtype, columns, device: as for `EngramLookup`.
+        dtype, columns, device, hbm: as for `EngramLookup`.
 
     Raises:
         SelectionError: a layer or column that the table lacks, or a dtype that is not floating.
@@ -217,10 +283,11 @@ class EngramEmbedding(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         columns: Sequence[int] | None = None,
         device: torch.device | str | None = None,
+        hbm: int | str = 0,
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.lookup = EngramLookup(table, dtype, [layer], columns, device)
+        self.lookup = EngramLookup(table, dtype, [layer], columns, device, hbm)
 
     @property
     def embedding_dim(self) -> int:
@@ -235,5 +302,17 @@ class EngramEmbedding(nn.Module):
         dead: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed `tokens`; arguments and errors as for `EngramLookup.forward`."""
-        rows: LayerRows = self.lookup(tokens, starts, history, dead)
+        rows: LayerRows | Prepared = self.lookup(tokens, starts, history, dead)
         return rows[self.layer]
+
+    def prepare(
+        self,
+        tokens: torch.Tensor,
+        starts: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+        dead: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> LayerRows | Prepared:
+        """As `EngramLookup.prepare`, for this layer alone."""
+        prepared: LayerRows | Prepared = self.lookup.prepare(tokens, starts, history, dead, out)
+        return prepared

@@ -111,14 +111,14 @@ def _copy_slot(view, slot, ids, o, copies, bounds, to_values, to_scales):
 
 
 @kernel
-def _touch(view, slot):
+def touch(view, slot):
     count = load_u8(view.touched + slot)
     if count < TOUCHES_MAX:
         store_u8(view.touched + slot, np.uint8(count + 1))
 
 
 @kernel
-def _count(view, lookups, hits, misses):
+def count_reader(view, lookups, hits, misses):
     """Count what this reader did, exactly, whoever else does."""
     add_atomic(view.counters + WORD_LOOKUPS * 8, _U64(lookups))
     add_atomic(view.counters + WORD_HITS * 8, _U64(hits))
@@ -169,7 +169,7 @@ def copy_range(
                     values_at + token * value_stride,
                     scales_at + token * scale_stride,
                 ):
-                    _touch(view, slot)
+                    touch(view, slot)
                 else:
                     slots[token, o] = -1
                     misses += 1
@@ -216,7 +216,7 @@ def count_lookup(view, tokens, order_used, misses):
     wanted = 0
     for used in order_used:
         wanted += used
-    _count(view, 1, tokens * wanted - misses, misses)
+    count_reader(view, 1, tokens * wanted - misses, misses)
 
 
 @kernel
@@ -244,12 +244,12 @@ def probe(packed_view, windows, order_used, slots):
                     continue
                 slot = slots[token, o]
                 if slot >= 0 and _is_whole(view, slot, ids_at(windows, token), o):
-                    _touch(view, slot)
+                    touch(view, slot)
                     hits += 1
                 else:
                     slots[token, o] = -1
                     misses += 1
-    _count(view, True, hits, misses)
+    count_reader(view, True, hits, misses)
     return misses
 
 
@@ -310,9 +310,9 @@ def copy_ngram_hits(
                         at += 1
                 fence_acquire()
                 if load_relaxed(head) == sequence:
-                    _touch(view, slot)
+                    touch(view, slot)
                     missed[n] = 0
                     hits += 1
         row += len(layers) * (stop - start)
-    _count(view, True, hits, len(orders) - hits)
+    count_reader(view, True, hits, len(orders) - hits)
     return missed

@@ -21,7 +21,7 @@ from engram._stream import StreamLostError
 from engram.errors import RowIntegrityError, SpecMismatchError, UnavailableError
 from engram.ram import _fill
 from engram.ram.attachment import Attachment, attach
-from engram.ram.bundle_tier import BundleTier, Deliver
+from engram.ram.bundle_tier import BundleTier, Deliver, InPlace
 from engram.ram.direct import fetch_directly
 from engram.ram.epochs import Epochs
 from engram.ram.layout import BundleLayout
@@ -84,6 +84,10 @@ class AttachedTier(BundleTier):
             raise SpecMismatchError(str(other), other.field)
         return attachment.view
 
+    def in_place(self) -> InPlace:
+        self._view()
+        return self._attachment().in_place
+
     def _attachment(self) -> Attachment:
         """What is in use; while this thread holds an epoch, what it was then."""
         held: Attachment | None = getattr(self._held, "attachment", None)
@@ -109,7 +113,7 @@ class AttachedTier(BundleTier):
         finally:
             self._held.attachment = before
 
-    def _fetch(self, ngrams: Ngrams, selection: Selection, deliver: Deliver) -> Failures:
+    def fetch(self, ngrams: Ngrams, selection: Selection, deliver: Deliver) -> Failures:
         def ask(attachment: Attachment, left_s: float) -> Failures:
             failures = attachment.fetch(ngrams, deliver, left_s)
             self._asked.add(fetches=1)

@@ -23,11 +23,11 @@ from engram._link import Connection
 from engram._stream import StreamLostError
 from engram.errors import EngramError, ServiceError, SpecMismatchError, UnavailableError
 from engram.ram.attach import Lease
-from engram.ram.bundle_tier import Deliver
+from engram.ram.bundle_tier import Deliver, InPlace
 from engram.ram.cache import read_counts
 from engram.ram.epochs import Epochs
 from engram.ram.fetch import Fetcher
-from engram.ram.layout import BundleLayout
+from engram.ram.layout import WORD_SLABS, BundleLayout
 from engram.tiers import Int64s, Ngrams
 
 RETRY_S = 0.1
@@ -44,6 +44,7 @@ class Attachment:
     Attributes:
         view: as `Lease.view`; keeps the lease's memory alive.
         epochs: of this reader.
+        in_place: for a device that reads the arena.
         counted: counts of all attachments before.
 
     Raises:
@@ -63,6 +64,14 @@ class Attachment:
             raise
         self.view: Int64s = np.asarray(_Kept(lease))
         self.counted: dict[str, int] = {}
+        words = lease.directory.words(WORD_SLABS + 1)
+        self.in_place = InPlace(
+            self.view,
+            lease.slabs,
+            self.epochs,
+            lambda: int(words[WORD_SLABS]),
+            lease.require_protection,
+        )
         self._fetcher = Fetcher(lease, connection.stream)
 
     @property

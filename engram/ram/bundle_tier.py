@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from engram.ram import _crew, _deliver, _probe
 from engram.ram.copies import Copies
 from engram.ram.epochs import Epochs
 from engram.ram.layout import BundleLayout
+from engram.ram.memory import Memory
 from engram.rows import Bytes, Rows
 from engram.tiers import Int32s, Int64s, Ngrams, Selection, Tier
 
@@ -26,6 +28,25 @@ _NO_FAILURES = Failures()
 _COPIES_KEPT = 64
 BLOCK_TOKENS = 8192
 """Tokens looked up at once, so that what a lookup needs for itself stays small."""
+
+
+@dataclass(frozen=True, eq=False)
+class InPlace:
+    """An arena, for a device that reads bundles where they are.
+
+    Attributes:
+        view: to find them through, while holding an epoch of `epochs`.
+        slabs: where they lie.
+        ready: how many slabs, from the first on, have all their pages.
+        require_protection: makes sure that what was found while holding an epoch has kept its
+            bytes until now; raises UnavailableError if not.
+    """
+
+    view: Int64s
+    slabs: tuple[Memory, ...]
+    epochs: Epochs
+    ready: Callable[[], int]
+    require_protection: Callable[[], None]
 
 
 class BundleTier(Tier):
@@ -50,11 +71,18 @@ class BundleTier(Tier):
         """
 
     @abstractmethod
+    def in_place(self) -> InPlace:
+        """The arena that is in use now; another object once it is another arena.
+
+        Raises: as `_view`.
+        """
+
+    @abstractmethod
     def _epochs(self) -> Epochs:
         """Where this reader says which slots it reads in place."""
 
     @abstractmethod
-    def _fetch(self, ngrams: Ngrams, selection: Selection, deliver: Deliver) -> Failures:
+    def fetch(self, ngrams: Ngrams, selection: Selection, deliver: Deliver) -> Failures:
         """Get the bundles of `ngrams`, each once, in parts and in any order.
 
         Args:
@@ -139,7 +167,7 @@ class BundleTier(Tier):
                 len(windows),
             )
 
-        failures = self._fetch(ngrams, selection, deliver)
+        failures = self.fetch(ngrams, selection, deliver)
         return self._only_selected(failures, ngrams, selection) if failures else failures
 
     served = False
@@ -170,9 +198,13 @@ class BundleTier(Tier):
                 view, wanted.orders, bundles, *chosen, wanted_places, values, scales
             )
 
-        failures = self._fetch(wanted, selection, deliver)
+        self.fetch_all(wanted, selection, deliver)
+
+    def fetch_all(self, ngrams: Ngrams, selection: Selection, deliver: Deliver) -> None:
+        """As `fetch`, but raises RowIntegrityError if selected rows failed."""
+        failures = self.fetch(ngrams, selection, deliver)
         if failures:
-            selected = self._only_selected(failures, wanted, selection)
+            selected = self._only_selected(failures, ngrams, selection)
             selected.raise_any(self.name, served=self.served)
 
     def _only_selected(self, failures: Failures, ngrams: Ngrams, selection: Selection) -> Failures:

@@ -131,6 +131,11 @@ class Cache:
                     directory.words(WORD_SLABS + 1)[WORD_SLABS] = self._reserved
             taken += slabs[slab].size
 
+    @property
+    def reserved(self) -> int:
+        """Slabs, from the first on, that have their memory."""
+        return self._reserved
+
     def _memory(self, name: str, size: int) -> Memory:
         if not self._shared:
             return Memory.private(size)

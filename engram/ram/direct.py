@@ -28,7 +28,7 @@ def fetch_directly(
     selection: Selection,
     deliver: Deliver,
 ) -> Failures:
-    """As `BundleTier._fetch`; only the selected rows are read and delivered."""
+    """As `BundleTier.fetch`; only the selected rows are read and delivered."""
     failures = Failures()
     room = Memory.private(min(PART_NGRAMS, max(1, len(ngrams))) * bundle.slot_bytes)
     for first in range(0, len(ngrams), PART_NGRAMS):

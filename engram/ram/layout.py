@@ -138,14 +138,15 @@ class ArenaLayout:
         fitting, too_many = 0, 1 + budget // (slot_bytes + head_bytes)
         while too_many - fitting > 1:
             slots = (fitting + too_many) // 2
-            if cls._of(slots, slot_bytes, head_bytes).total_bytes(tables) <= budget:
+            if cls.with_slots(slots, slot_bytes, head_bytes).total_bytes(tables) <= budget:
                 fitting = slots
             else:
                 too_many = slots
-        return cls._of(fitting, slot_bytes, head_bytes)
+        return cls.with_slots(fitting, slot_bytes, head_bytes)
 
     @classmethod
-    def _of(cls, slots: int, slot_bytes: int, head_bytes: int) -> ArenaLayout:
+    def with_slots(cls, slots: int, slot_bytes: int, head_bytes: int) -> ArenaLayout:
+        """Just so many slots."""
         return cls(slot_bytes, head_bytes, _slots_per_slab(slots), slots)
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 
 from engram._failures import Failures
 from engram.errors import StoreError
-from engram.ram.bundle_tier import BundleTier, Deliver
+from engram.ram.bundle_tier import BundleTier, Deliver, InPlace
 from engram.ram.cache import Cache, CachedTable
 from engram.ram.epochs import Epochs
 from engram.ram.layout import STAGED_HEAD_BYTES, ArenaLayout, BundleLayout
@@ -44,6 +44,7 @@ class RamTier(BundleTier):
         self.fingerprint = backing.fingerprint
         self.misses = MissPath(backing, cache, number)
         self._own_epochs = Epochs(cache.own_readers[number], cache.directories[number])
+        self._in_place: InPlace | None = None
         self._spare: list[Memory] = []
         self._closed = False
 
@@ -52,6 +53,15 @@ class RamTier(BundleTier):
         self._require_open()
         return views[self.number]
 
+    def in_place(self) -> InPlace:
+        view = self._view()
+        if self._in_place is None or self._in_place.view is not view:
+            cache = self.cache
+            self._in_place = InPlace(
+                view, cache.slabs, self._own_epochs, lambda: cache.reserved, lambda: None
+            )
+        return self._in_place
+
     def _require_open(self) -> None:
         if self._closed:
             raise StoreError(f"{self.name}: the table is closed; open it again")
@@ -59,7 +69,7 @@ class RamTier(BundleTier):
     def _epochs(self) -> Epochs:
         return self._own_epochs
 
-    def _fetch(self, ngrams: Ngrams, selection: Selection, deliver: Deliver) -> Failures:
+    def fetch(self, ngrams: Ngrams, selection: Selection, deliver: Deliver) -> Failures:
         stride = self.bundle.staged_bytes
         bundle = STAGED_HEAD_BYTES + self.bundle.head_bytes
         failures = Failures()
@@ -104,6 +114,7 @@ class RamTier(BundleTier):
 
     def close(self) -> None:
         self._closed = True
+        self._in_place = None
         self.misses.close()
         self.cache.close(self.number)
         self._spare.clear()

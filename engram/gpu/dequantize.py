@@ -26,7 +26,7 @@ _STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
-_NF4 = (
+NF4 = (
     -1.0,
     -0.6961928009986877,
     -0.5250730514526367,
@@ -142,5 +142,5 @@ def _e2m1_pairs(device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _nf4_pairs(device: torch.device) -> torch.Tensor:
-    book = torch.tensor(_NF4, dtype=torch.float32)
+    book = torch.tensor(NF4, dtype=torch.float32)
     return torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=-1).to(device)

@@ -1,0 +1,138 @@
+# ruff: noqa: ANN001, ANN202 - kernels are typed by what they are called with
+# mypy: ignore-errors
+"""Compiled: an address for every n-gram of a step, and the host's twin of the device's gather."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engram._jit import copy_bytes, fence_acquire, kernel, load_acquire, load_relaxed
+from engram.ram._directory import bundle_of, head_of, ids_at, is_key, likely_slot, ngram_hash
+from engram.ram._probe import count_reader, touch
+from engram.ram.layout import unpack_view
+
+_U64 = np.uint64
+
+
+@kernel
+def slots_to_sources(slots, first, slot_bytes, sources):
+    """Addresses of the device's own bundles.
+
+    Args:
+        slots: int64 `[T, orders]`, -1 for none.
+        first: address of slot 0, with the lowest bit set.
+        sources: int64 `[T, orders]`; 0 where there is none.
+    """
+    for token in range(slots.shape[0]):
+        for o in range(slots.shape[1]):
+            slot = slots[token, o]
+            sources[token, o] = first + slot * slot_bytes if slot >= 0 else 0
+
+
+@kernel
+def find_in_place(packed_view, reachable, windows, orders, addresses):
+    """Where n-grams lie in the arena, for a reader that holds an epoch.
+
+    Args:
+        reachable: uint8 `[slabs]`, whether the device can read each slab.
+        windows, orders: int32 `[N, max_order]`, `[N]`.
+        addresses: int64 `[N]`, set to each bundle's address, 0 where it cannot be read in place.
+
+    Returns:
+        Number of those set to 0.
+    """
+    view = unpack_view(packed_view)
+    hits = 0
+    for n in range(len(orders)):
+        ids = ids_at(windows, n)
+        addresses[n] = 0
+        slot = likely_slot(view, ngram_hash(view.seed, ids, orders[n]))
+        if slot < 0 or not reachable[slot >> view.slab_shift]:
+            continue
+        head = head_of(view, slot)
+        sequence = load_acquire(head)
+        known = is_key(head, view.table, orders[n], ids)
+        fence_acquire()
+        if known and sequence & _U64(1) == 0 and load_relaxed(head) == sequence:
+            touch(view, slot)
+            addresses[n] = bundle_of(view, slot)
+            hits += 1
+    # What is missing here is looked up once more, and counted there.
+    count_reader(view, hits > 0, hits, 0)
+    return len(orders) - hits
+
+
+@kernel
+def find_slots(packed_view, windows, orders, slots):
+    """The slot of each n-gram, -1 if it has none. For the writer alone."""
+    view = unpack_view(packed_view)
+    for n in range(len(orders)):
+        ids = ids_at(windows, n)
+        slot = likely_slot(view, ngram_hash(view.seed, ids, orders[n]))
+        if slot >= 0 and not is_key(head_of(view, slot), view.table, orders[n], ids):
+            slot = np.int64(-1)
+        slots[n] = slot
+
+
+@kernel
+def copy_bundles(bundles, size, target, stride, addresses):
+    """Copy bundles next to each other, 0 for one that is missing; sets where each went."""
+    for n in range(len(bundles)):
+        addresses[n] = 0
+        if bundles[n]:
+            addresses[n] = target + n * stride
+            copy_bytes(addresses[n], bundles[n], size)
+
+
+@kernel
+def spread(missed, number, firsts, found, kept, sources, keep):
+    """Give every token that missed an n-gram its address, and the first one what to keep.
+
+    Args:
+        missed: int64 `[M]`, token * orders + order.
+        number: int64 `[M]`, which n-gram each is.
+        firsts: int64 `[N]`, the first of `missed` that each n-gram is.
+        found, kept: int64 `[N]`.
+        sources, keep: int64, flat.
+    """
+    for m in range(len(missed)):
+        sources[missed[m]] = found[number[m]]
+    for n in range(len(firsts)):
+        keep[missed[firsts[n]]] = kept[n]
+
+
+@kernel
+def gather_rows(
+    sources, keep, bounds, positions, offsets, value_bytes, scale_bytes, values, scales
+):
+    """The device's gather on the host, without decoding.
+
+    Args:
+        sources, keep: int64 `[T, orders]`, addresses; 0 for none.
+        bounds, positions, offsets: of the plan.
+        values, scales: uint8 `[layers, T, columns, bytes]`.
+    """
+    layers, tokens = values.shape[0], values.shape[1]
+    columns = values.shape[2]
+    to_values, to_scales = np.int64(values.ctypes.data), np.int64(scales.ctypes.data)
+    for token in range(tokens):
+        for o in range(sources.shape[1]):
+            source = sources[token, o]
+            if source == 0:
+                continue
+            kind = source & 1
+            base = source - kind
+            kept = keep[token, o]
+            for layer in range(layers):
+                for k in range(bounds[o], bounds[o + 1]):
+                    row = (layer * tokens + token) * columns + positions[k]
+                    value_at, scale_at = offsets[kind, layer, k, 0], offsets[kind, layer, k, 1]
+                    copy_bytes(to_values + row * value_bytes, base + value_at, value_bytes)
+                    if scale_bytes:
+                        copy_bytes(to_scales + row * scale_bytes, base + scale_at, scale_bytes)
+                    if kept:
+                        at = kept + offsets[1, layer, k, 0]
+                        copy_bytes(at, base + value_at, value_bytes)
+                        if scale_bytes:
+                            at = kept + offsets[1, layer, k, 1]
+                            copy_bytes(at, base + scale_at, scale_bytes)

@@ -1,0 +1,282 @@
+# ruff: noqa: ANN001, ANN202, N803 - kernels are typed by what they are called with
+# mypy: ignore-errors
+"""The gather as one Triton kernel: a program for each n-gram and layer.
+
+A program reads all selected rows of its n-gram in that layer, whose values lie next to each other,
+16 bytes a thread. Host memory answers some 1.5 us later, so what counts is that many programs wait
+at once: they are small, and nothing in them waits twice for the host.
+
+Rows are decoded in float32 and rounded once, as `engram.nn.dequantize` does on any device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from engram.gpu.dequantize import NF4
+from engram.gpu.plan import Plan
+from engram.rows import RowFormat
+
+_FORMATS = {"bf16": 0, "fp16": 1, "fp32": 2, "fp8-ue8m0": 3, "fp8": 4, "nvfp4": 5, "nf4": 6}
+_UNITS = {"bf16": tl.int16, "fp16": tl.float16, "fp32": tl.float32}
+"""How elements are read that are stored as they are."""
+_WARPS = 4
+
+
+@triton.jit
+def _signed(magnitude, code, SIGN: tl.constexpr, SHIFT: tl.constexpr):
+    """Give a float32 the sign bit of its code; a minus would turn -0 to 0."""
+    bits = magnitude.to(tl.int32, bitcast=True) | ((code & SIGN) << SHIFT)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _e4m3(code):
+    code = code.to(tl.int32)
+    magnitude = code & 0x7F
+    # Subnormals are multiples of 2**-9; all others have their exponent moved by 120.
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return _signed(value, code, 0x80, 24)
+
+
+@triton.jit
+def _ue8m0(code):
+    code = code.to(tl.int32)
+    # 0 is subnormal as a float32, 255 is NaN.
+    half = (code == 0) | (code == 255)
+    bits = (code << 23) | tl.where(half, 1 << 22, 0)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _e2m1(code):
+    magnitude = code & 7
+    # 0, 0.5, then the exponent counts from 1.
+    normal = ((magnitude << 22) + (126 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 2, magnitude.to(tl.float32) * 0.5, normal)
+    return _signed(value, code, 8, 28)
+
+
+@triton.jit
+def _units_at(
+    base,
+    offsets,
+    valid,
+    COUNT: tl.constexpr,
+    COUNT_2: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Pointers to `UNIT` `[rows, COUNT_2]` at addresses, and which of them are meant."""
+    place = tl.arange(0, COUNT_2)
+    address = base + offsets.to(tl.int64)
+    rows = tl.multiple_of(address.to(tl.pointer_type(UNIT)), ALIGN)
+    return rows[:, None] + place[None, :], valid[:, None] & (place < COUNT)[None, :]
+
+
+@triton.jit
+def _read(
+    source,
+    at,
+    keep,
+    kept_at,
+    valid,
+    COUNT: tl.constexpr,
+    COUNT_2: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """One part of the rows, kept on the device if `keep` is an address."""
+    offsets = tl.load(at, mask=valid, other=0)
+    pointer, mask = _units_at(source, offsets, valid, COUNT, COUNT_2, UNIT, ALIGN)
+    units = tl.load(pointer, mask=mask, other=0)
+    if keep != 0:
+        offsets = tl.load(kept_at, mask=valid, other=0)
+        kept, _ = _units_at(keep, offsets, valid, COUNT, COUNT_2, UNIT, ALIGN)
+        tl.store(kept, units, mask=mask)
+    return units
+
+
+@triton.jit
+def _decode(
+    values,
+    scales,
+    book,
+    global_scale,
+    ROWS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """float32 `[ROWS, elements]` of `[ROWS, COUNT]` values and `[ROWS, BLOCKS]` scales."""
+    if FORMAT == 3:
+        blocks = tl.reshape(_e4m3(values), [ROWS, BLOCKS, COUNT // BLOCKS])
+        return tl.reshape(blocks * _ue8m0(scales)[:, :, None], [ROWS, COUNT])
+    elif FORMAT == 4:
+        return _e4m3(values) * global_scale
+    elif FORMAT == 5:
+        code = values.to(tl.int32)
+        elements = tl.interleave(_e2m1(code & 15), _e2m1(code >> 4))
+        blocks = tl.reshape(elements, [ROWS, BLOCKS, 2 * COUNT // BLOCKS])
+        scaled = tl.reshape(blocks * _e4m3(scales)[:, :, None], [ROWS, 2 * COUNT])
+        return scaled * global_scale
+    elif FORMAT == 6:
+        code = values.to(tl.int32)
+        elements = tl.interleave(tl.load(book + (code >> 4)), tl.load(book + (code & 15)))
+        parts = scales.to(tl.int32) << (tl.arange(0, BLOCKS) * 8)[None, :]
+        return elements * tl.sum(parts, axis=1).to(tl.float32, bitcast=True)[:, None]
+    elif FORMAT == 0:
+        return (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tokens", "layer_stride"])
+def gather(
+    addresses,
+    bounds,
+    positions,
+    offsets,
+    book,
+    out,
+    tokens,
+    layer_stride,
+    global_scale,
+    ORDERS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_2: tl.constexpr,
+    VALUES: tl.constexpr,
+    VALUES_2: tl.constexpr,
+    VALUE_UNIT: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALES_2: tl.constexpr,
+    VALUE_ALIGN: tl.constexpr,
+    SCALE_ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DECODED: tl.constexpr,
+):
+    """See `Gather.__call__`; arrays are on the device.
+
+    Args:
+        addresses: int64 `[2, T, orders]`.
+        bounds, positions, offsets: of the plan, int32.
+        book: float32 `[16]`, nf4's.
+        out: `[layers, T, columns, dim]`, layers `layer_stride` elements apart; not touched unless
+            DECODED.
+        ROWS: heads of an order, as a power of two, like all NAME_2.
+        VALUES, SCALES: units of a row's values and scales.
+    """
+    pid = tl.program_id(0)
+    layer = tl.program_id(1)
+    order = pid % ORDERS
+    token = pid // ORDERS
+    tagged = tl.load(addresses + pid)
+    keep = tl.load(addresses + tokens * ORDERS + pid)
+    if tagged != 0:
+        kind = (tagged & 1).to(tl.int32)
+        source = tagged - kind
+        first = tl.load(bounds + order)
+        row = tl.arange(0, ROWS)
+        valid = row < tl.load(bounds + order + 1) - first
+        column = first + row
+        at = offsets + ((kind * LAYERS + layer) * COLUMNS + column) * 2
+        kept_at = offsets + ((LAYERS + layer) * COLUMNS + column) * 2
+        values = _read(source, at, keep, kept_at, valid, VALUES, VALUES_2, VALUE_UNIT, VALUE_ALIGN)
+        scales = values
+        if SCALES > 0:
+            scales = _read(
+                source, at + 1, keep, kept_at + 1, valid, SCALES, SCALES_2, tl.uint8, SCALE_ALIGN
+            )
+        if DECODED:
+            decoded = _decode(values, scales, book, global_scale, ROWS, VALUES_2, SCALES_2, FORMAT)
+            # Bits stay as they are where nothing has to be converted.
+            if FORMAT == 0 and out.dtype.element_ty == tl.bfloat16:
+                decoded = values.to(tl.bfloat16, bitcast=True)
+            elif FORMAT > 0 and FORMAT < 3:
+                decoded = values
+            position = tl.load(positions + column, mask=valid, other=0)
+            place = tl.arange(0, DIM_2)
+            start = layer * layer_stride.to(tl.int64) + token.to(tl.int64) * (COLUMNS * DIM)
+            rows = tl.multiple_of(start + position * DIM, OUT_ALIGN)
+            element = rows[:, None] + place[None, :]
+            tl.store(
+                out + element,
+                decoded.to(out.dtype.element_ty),
+                mask=valid[:, None] & (place < DIM)[None, :],
+            )
+
+
+class Launch:
+    """The kernel, made ready for one plan and row format.
+
+    Args:
+        plan, row_format, device: as for `Gather`.
+    """
+
+    def __init__(self, plan: Plan, row_format: RowFormat, device: torch.device) -> None:
+        name = row_format.name
+        value_unit = _UNITS.get(name, tl.uint8)
+        values = row_format.value_bytes // (value_unit.primitive_bitwidth // 8)
+        scales = row_format.scale_bytes
+        # A block of elements must not lie across two rows of padding.
+        scales_2 = triton.next_power_of_2(max(1, scales))
+        values_2 = triton.next_power_of_2(values)
+        if scales and name != "nf4":
+            values_2 = scales_2 * (values // scales)
+        on_device = {
+            "bounds": plan.bounds.astype(np.int32),
+            "positions": plan.positions,
+            "offsets": plan.offsets,
+            "book": np.array(NF4, np.float32),
+        }
+        self._arrays = {name: torch.from_numpy(a).to(device) for name, a in on_device.items()}
+        self._orders, self._layers = plan.orders, plan.layers
+        self._global_scale = float(np.float32(row_format.global_scale or 1.0))
+        self._constants = {
+            "ORDERS": plan.orders,
+            "LAYERS": plan.layers,
+            "COLUMNS": plan.columns,
+            "ROWS": triton.next_power_of_2(plan.heads),
+            "DIM": row_format.dim,
+            "DIM_2": values_2 * (2 if name in ("nvfp4", "nf4") else 1),
+            "VALUES": values,
+            "VALUES_2": values_2,
+            "VALUE_UNIT": value_unit,
+            "SCALES": scales,
+            "SCALES_2": scales_2,
+            "VALUE_ALIGN": math.gcd(16, *plan.offsets[..., 0].ravel().tolist()),
+            "OUT_ALIGN": math.gcd(16, row_format.dim),
+            "SCALE_ALIGN": math.gcd(16, *plan.offsets[..., 1].ravel().tolist()),
+            "FORMAT": _FORMATS[name],
+        }
+
+    def __call__(self, addresses: torch.Tensor, out: torch.Tensor | None) -> None:
+        """As `Gather.__call__`, the addresses on the device."""
+        tokens = addresses.shape[1]
+        if not tokens:
+            return
+        gather[(tokens * self._orders, self._layers)](
+            addresses,
+            self._arrays["bounds"],
+            self._arrays["positions"],
+            self._arrays["offsets"],
+            self._arrays["book"],
+            self._arrays["book"] if out is None else out,
+            tokens,
+            0 if out is None else out.stride(0),
+            self._global_scale,
+            **self._constants,
+            DECODED=out is not None,
+            num_warps=_WARPS,
+        )

@@ -1,0 +1,72 @@
+"""From addresses to embeddings: one launch on a device, and its twin on the host."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+from engram.gpu import _sources
+from engram.gpu.dequantize import dequantize
+from engram.gpu.plan import Plan
+from engram.rows import RowFormat
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+class Gather:
+    """Reads the bundles at some addresses, decodes their selected rows, and keeps what it is told.
+
+    Args:
+        plan: of the selection.
+        row_format: of the table.
+        device: which reads; for all but CUDA devices the host does, and copies.
+    """
+
+    def __init__(self, plan: Plan, row_format: RowFormat, device: torch.device) -> None:
+        self._plan = plan
+        self._format = row_format
+        self._device = device
+        self._launch = None
+        if device.type == "cuda":
+            from engram.gpu._triton import Launch
+
+            self._launch = Launch(plan, row_format, device)
+
+    def __call__(self, addresses: torch.Tensor, out: torch.Tensor | None) -> None:
+        """Queue it on the current stream.
+
+        Args:
+            addresses: int64 `[2, T, orders]` on the host, pinned for CUDA devices: where each
+                n-gram's bundle is, its lowest bit the kind (`plan.WHOLE`, `plan.PACKED`), 0 for
+                none; and where to keep it on the device, 0 to keep it not.
+            out: floating `[layers, T, columns, dim]`; None only keeps.
+        """
+        if self._launch is not None:
+            self._launch(addresses.to(self._device, non_blocking=True), out)
+            return
+        plan, form = self._plan, self._format
+        shape = (plan.layers, addresses.shape[1], plan.columns)
+        values = np.empty((*shape, form.value_bytes), np.uint8)
+        scales = np.empty((*shape, form.scale_bytes), np.uint8)
+        sources, keep = addresses.numpy()
+        _sources.gather_rows(
+            sources,
+            keep,
+            plan.bounds,
+            plan.positions,
+            plan.offsets,
+            form.value_bytes,
+            form.scale_bytes,
+            values,
+            scales,
+        )
+        if out is not None:
+            decoded = dequantize(
+                torch.from_numpy(values),
+                torch.from_numpy(scales) if form.scale_bytes else None,
+                form,
+                out.dtype,
+            )
+            out.copy_(decoded)

@@ -1,0 +1,177 @@
+"""Host memory that a device reads in place, and staging for what is in no arena.
+
+A CUDA device reads registered host memory at its host address (unified virtual addressing). A
+client's map of the arena is read-only and sealed, so it is registered as read-only, which any
+device that can read pageable memory or has `cudaDevAttrHostRegisterReadOnlySupported` allows;
+other flags are refused for such a map.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from engram.errors import ConfigError
+from engram.ram.bundle_tier import InPlace
+from engram.ram.memory import Memory
+
+_READ_ONLY = 0x08
+"""cudaHostRegisterReadOnly."""
+_RETRY_S = 0.02
+_Flags = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+_log = logging.getLogger("engram.gpu")
+
+
+class Reach:
+    """Which slabs of an arena a device can read; more as they get their memory.
+
+    A slab that cannot be read costs speed only: its n-grams are fetched to staging.
+
+    Args:
+        in_place: the arena.
+        device: that reads it.
+
+    Attributes:
+        reachable: uint8 `[slabs]`, set by a thread of its own.
+        failure: why the rest cannot be read, if so.
+    """
+
+    def __init__(self, in_place: InPlace, device: torch.device) -> None:
+        self._slabs = in_place.slabs
+        self._ready = in_place.ready
+        self._device = device
+        self._closing = threading.Event()
+        self._settled = threading.Event()
+        self._lock = threading.Lock()
+        self._registered: list[Memory] = []
+        self.reachable: _Flags = np.zeros(max(1, len(self._slabs)), np.uint8)
+        self.failure: ConfigError | None = None
+        threading.Thread(target=self._register_all, name="engram-register", daemon=True).start()
+
+    def _register_all(self) -> None:
+        try:
+            for number, slab in enumerate(self._slabs):
+                while self._ready() <= number:
+                    if self._closing.wait(_RETRY_S):
+                        return
+                if not self._register(number, slab):
+                    return
+        except ConfigError as error:
+            self.failure = error
+            _log.warning("%s", error)
+        finally:
+            self._settled.set()
+
+    def _register(self, number: int, slab: Memory) -> bool:
+        with self._lock:
+            if self._closing.is_set():
+                return False
+            if self._device.type == "cuda":
+                register(slab.address, slab.size, self._device)
+                self._registered.append(slab)
+            self.reachable[number] = 1
+        return True
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all slabs can be read, or one cannot; whether that was in time."""
+        return self._settled.wait(timeout_s)
+
+    @property
+    def registered_bytes(self) -> int:
+        return sum(slab.size for slab in self._registered)
+
+    def close(self) -> None:
+        """Let go of all; nothing that reads them may be queued any more."""
+        self._closing.set()
+        with self._lock:
+            self.reachable[:] = 0
+            registered, self._registered = self._registered, []
+        for slab in registered:
+            _cudart().cudaHostUnregister(slab.address)
+
+
+_reaches: weakref.WeakKeyDictionary[InPlace, Reach] = weakref.WeakKeyDictionary()
+_finding = threading.Lock()
+
+
+def reach_of(in_place: InPlace, device: torch.device) -> Reach:
+    """The one of an arena, which all devices of this process share: CUDA registers memory once,
+    for all of them. It ends with `in_place`."""
+    with _finding:
+        reach = _reaches.get(in_place)
+        if reach is None:
+            reach = _reaches[in_place] = Reach(in_place, device)
+            weakref.finalize(in_place, reach.close).atexit = False
+        return reach
+
+
+def register(address: int, size: int, device: torch.device) -> None:
+    """Let CUDA devices read some mapped, populated memory in place.
+
+    Raises:
+        ConfigError: refused, with the reason.
+    """
+    with torch.cuda.device(device):
+        code = int(_cudart().cudaHostRegister(address, size, _READ_ONLY))
+        if not code:
+            return
+        reason = _cudart().cudaGetErrorString(_cudart().cudaError(code))
+        with suppress(RuntimeError):
+            torch.zeros(1, device=device)  # takes the error, which the next call would raise
+    raise ConfigError(
+        f"{device} cannot read {size} bytes of the RAM tier in place: cudaHostRegister with flag "
+        f"{_READ_ONLY} (read-only) says {reason!r}; raise the memlock limit (ulimit -l, or "
+        "LimitMEMLOCK=); until then its rows are copied, which is slower"
+    )
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+class Staging:
+    """Host memory for bundles on their way, in two halves that take turns.
+
+    A half is written again only after the device has read it.
+
+    Args:
+        half_bytes: of one half; taken when first needed.
+        device: that reads it.
+    """
+
+    def __init__(self, half_bytes: int, device: torch.device) -> None:
+        self._half_bytes = half_bytes
+        self._device = device
+        self._halves: list[torch.Tensor] = []
+        self._read: list[Any] = [None, None]
+        self._turn = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(half.numel() for half in self._halves)
+
+    def take(self) -> int:
+        """Address of a half that nobody reads; waits for the device if it still does."""
+        if not self._halves:
+            pinned = self._device.type == "cuda"
+            self._halves = [
+                torch.empty(self._half_bytes, dtype=torch.uint8, pin_memory=pinned)
+                for _ in range(2)
+            ]
+        self._turn = 1 - self._turn
+        event, self._read[self._turn] = self._read[self._turn], None
+        if event is not None:
+            event.synchronize()
+        return self._halves[self._turn].data_ptr()
+
+    def queued(self, event: Any) -> None:
+        """What reads the half taken last is queued before `event`; None if it was read already."""
+        self._read[self._turn] = event

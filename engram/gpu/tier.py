@@ -1,0 +1,339 @@
+"""One step on a device: from windows to embeddings, wherever the n-grams are.
+
+The host finds an address for every n-gram of a step: on the device, in the arena, or in staging,
+where misses are fetched to. Then one launch on a stream of its own gathers them all. What the
+launch overwrites or reads is safe because of who holds what until when:
+
+    on the device  everything that reads or writes slots is queued on this one stream, in the order
+                   in which the directory said so
+    in the arena   an epoch is held until the launch has ended, so no slot is reused
+    in staging     a half is written again once the launch that read it has ended
+    the output     fresh memory of this stream, or the caller's, which is written only behind what
+                   the caller's stream had queued before
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from engram._counters import Counters
+from engram._ngrams import number_ngrams
+from engram.errors import StoreError
+from engram.gpu import _sources
+from engram.gpu.gather import Gather
+from engram.gpu.hbm import Hbm
+from engram.gpu.plan import Plan
+from engram.gpu.prefetch import Prefetcher
+from engram.gpu.reach import Reach, Staging, reach_of
+from engram.ram import _deliver
+from engram.ram.bundle_tier import BundleTier, InPlace
+from engram.tiers import Int32s, Int64s, Ngrams, Prefetch, Selection
+
+cuda: Any = torch.cuda  # parts of it have no types
+BLOCK_TOKENS = 2048
+"""Tokens of one launch: what staging is sized for."""
+_COLLECT_S = 0.01
+_SPARE_MAX = 8
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A launch that may not have ended."""
+
+    done: Any
+    in_place: InPlace
+    epoch: int
+    addresses: torch.Tensor
+
+
+class GpuTier:
+    """Embeddings of one table and selection on one device. Safe to use from several threads.
+
+    On a CPU the same code runs with the host's gather.
+
+    Args:
+        tier: the RAM tier of the table, of this process or a sidecar.
+        selection: what to gather.
+        device: where to; a CUDA device, or the CPU.
+        capacity: bytes of the device's memory for n-grams that come again; 0 keeps none there.
+
+    Raises:
+        ConfigError: the device has not so much memory free.
+    """
+
+    def __init__(
+        self, tier: BundleTier, selection: Selection, device: torch.device, capacity: int = 0
+    ) -> None:
+        self.tier = tier
+        self.selection = selection
+        self.device = device
+        self.capacity = capacity
+        self.plan = Plan.of(tier.bundle, selection)
+        self._every = np.diff(selection.order_bounds) > 0
+        self._gather = Gather(self.plan, tier.row_format, device)
+        self._cuda = device.type == "cuda"
+        self.stream: Any = cuda.Stream(device, priority=-1) if self._cuda else None
+        self._staging = Staging(BLOCK_TOKENS * self.plan.orders * tier.bundle.slot_bytes, device)
+        self._hbm: Hbm | None = None
+        if capacity >= self.plan.slot_bytes:
+            self._hbm = Hbm(
+                tier.bundle, tier.fingerprint, selection.min_order, self.plan, capacity, device
+            )
+        self._lock = threading.Lock()
+        self._launches: deque[_Launch] = deque()
+        self._spare: dict[int, list[torch.Tensor]] = {}
+        self._collecting = False
+        self._lost: Exception | None = None
+        self._counters = Counters(
+            "steps", "ngrams_on_device", "ngrams_in_place", "ngrams_staged", "prefetched_late"
+        )
+        self._closed = False
+        self._prefetcher = Prefetcher(self._keep)
+        self._in_place = tier.in_place()
+        self._reach = reach_of(self._in_place, device)
+
+    def embed(self, windows: Int32s, out: torch.Tensor) -> Any:
+        """Queue the embeddings of all tokens on `stream`.
+
+        Args:
+            windows: int32 `[T, max_order]`.
+            out: floating `[layers, T, columns, dim]` on the device, contiguous, not in use by
+                what is queued on other streams.
+
+        Returns:
+            an event to wait for before reading `out`; None where it is ready.
+
+        Raises: as `Tier.read`, and UnavailableError if what an earlier step read may have changed
+            meanwhile. Nothing may be read from `out` then.
+        """
+        tokens = len(windows)
+        done = None
+        with self._lock:
+            self._collect()
+            for first in range(0, tokens, BLOCK_TOKENS):
+                block = windows[first : first + BLOCK_TOKENS]
+                done = self._launch(block, out[:, first : first + len(block)])
+        self._counters.add(steps=1)
+        return done
+
+    def prefetch(self, ngrams: Ngrams) -> Prefetch:
+        """Bring n-grams to the device, as far as there is room for them; returns at once."""
+        below = self.tier.prefetch(ngrams)
+        if self._hbm is None or not self.tier.in_place().slabs:
+            return below
+        lacking = np.flatnonzero(~self._hbm.present(ngrams))
+        return self._prefetcher.start(ngrams.take(lacking), below)
+
+    def _keep(self, ngrams: Ngrams) -> Ngrams:
+        """Copy what is in the arena to the device; returns the others."""
+        assert self._hbm is not None
+        with self._lock:
+            self._collect()
+            there = self._hbm.present(ngrams)
+            self._counters.add(prefetched_late=int(there.sum()))
+            left = ngrams.take(np.flatnonzero(~there))
+            in_place, reach = self._arena()
+            held = in_place.epochs.enter()
+            found = np.empty(len(left), np.int64)
+            try:
+                _sources.find_in_place(
+                    in_place.view, reach.reachable, left.windows, left.orders, found
+                )
+                come = np.flatnonzero(found)
+                addresses = self._room(len(come))
+                sources, keep = addresses.numpy()
+                sources[:] = 0
+                at = (np.arange(len(come)), left.orders[come] - self.selection.min_order)
+                sources[at] = found[come]
+                keep[at] = self._hbm.admit(left.take(come), prefetched=True)
+                # What is not kept is not read either.
+                sources[keep == 0] = 0
+                done = self._queue(addresses, None)
+            except BaseException:
+                in_place.epochs.leave(held)
+                raise
+            self._queued(_Launch(done, in_place, held, addresses))
+        return left.take(np.flatnonzero(found == 0))
+
+    def require_protection(self) -> None:
+        """Make sure that what was read in place has kept its bytes until now.
+
+        Raises:
+            UnavailableError: a sidecar that may be alive has ended the lease.
+        """
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            raise lost
+        self._in_place.require_protection()
+
+    def _launch(self, windows: Int32s, out: torch.Tensor) -> Any:
+        in_place, reach = self._arena()
+        addresses = self._room(len(windows))
+        held = in_place.epochs.enter()
+        kept = self._hbm.enter() if self._hbm else 0
+        try:
+            staged = self._find(windows, in_place, reach, addresses.numpy())
+            done = self._queue(addresses, out)
+            if staged:
+                self._staging.queued(done)
+        except BaseException:
+            in_place.epochs.leave(held)
+            raise
+        finally:
+            if self._hbm:
+                self._hbm.leave(kept)
+        self._queued(_Launch(done, in_place, held, addresses))
+        return done
+
+    def _queued(self, launch: _Launch) -> None:
+        self._launches.append(launch)
+        if launch.done is None:
+            self._collect()
+        elif not self._collecting:
+            self._collecting = True
+            threading.Thread(target=self._collect_later, name="engram-gpu", daemon=True).start()
+
+    def _queue(self, addresses: torch.Tensor, out: torch.Tensor | None) -> Any:
+        if not self._cuda:
+            self._gather(addresses, out)
+            return None
+        with torch.cuda.stream(self.stream):
+            self._gather(addresses, out)
+            done = cuda.Event()
+            done.record(self.stream)
+        return done
+
+    def _arena(self) -> tuple[InPlace, Reach]:
+        """The arena in use; a sidecar that was restarted has another."""
+        if self._closed:
+            raise StoreError(f"{self.tier.name}: the GPU tier is closed")
+        in_place = self.tier.in_place()
+        if in_place is not self._in_place:
+            self._in_place, self._reach = in_place, reach_of(in_place, self.device)
+        return self._in_place, self._reach
+
+    def _room(self, tokens: int) -> torch.Tensor:
+        """int64 `[2, tokens, orders]` on the host, zeros in its second half."""
+        spare = self._spare.get(tokens)
+        if spare:
+            room = spare.pop()
+        else:
+            shape = (2, tokens, self.plan.orders)
+            room = torch.empty(shape, dtype=torch.int64, pin_memory=self._cuda)
+        room.numpy()[1] = 0
+        return room
+
+    def _find(
+        self, windows: Int32s, in_place: InPlace, reach: Reach, addresses: np.ndarray
+    ) -> bool:
+        """Set sources and what to keep; whether something is in staging."""
+        sources, keep = addresses
+        wanted = len(windows) * int(self._every.sum())
+        if self._hbm is None:
+            sources[:] = 0
+            slots, absent = np.full(sources.shape, -1, np.int64), wanted
+        else:
+            slots, absent = self._hbm.find(windows, self._every, sources)
+        if not absent:
+            self._counters.add(ngrams_on_device=wanted)
+            return False
+        missed = np.empty(absent, np.int64)
+        listed = Ngrams(
+            np.full((absent, windows.shape[1]), -1, np.int32), np.empty(absent, np.int32)
+        )
+        _deliver.collect_missed(
+            windows,
+            self.selection.min_order,
+            self._every,
+            slots,
+            missed,
+            listed.windows,
+            listed.orders,
+        )
+        firsts, number = number_ngrams(listed)
+        ngrams = listed.take(firsts)
+        found = np.empty(len(ngrams), np.int64)
+        lacking = _sources.find_in_place(
+            in_place.view, reach.reachable, ngrams.windows, ngrams.orders, found
+        )
+        if lacking:
+            self._stage(ngrams, found)
+        kept = self._hbm.admit(ngrams) if self._hbm else np.zeros(len(ngrams), np.int64)
+        _sources.spread(missed, number, firsts, found, kept, sources.reshape(-1), keep.reshape(-1))
+        self._counters.add(
+            ngrams_on_device=wanted - absent,
+            ngrams_in_place=len(ngrams) - lacking,
+            ngrams_staged=lacking,
+        )
+        return bool(lacking)
+
+    def _stage(self, ngrams: Ngrams, found: Int64s) -> None:
+        """Fetch n-grams that `found` has no address of, and set it."""
+        rest = np.flatnonzero(found == 0)
+        size, target = self.tier.bundle.slot_bytes, self._staging.take()
+
+        def deliver(first: int, bundles: Int64s) -> None:
+            placed = np.empty(len(bundles), np.int64)
+            _sources.copy_bundles(bundles, size, target + first * size, size, placed)
+            found[rest[first : first + len(bundles)]] = placed
+
+        self.tier.fetch_all(ngrams.take(rest), self.selection, deliver)
+
+    def _collect(self) -> None:
+        """Let go of what launches that have ended held."""
+        while self._launches:
+            launch = self._launches[0]
+            if launch.done is not None and not launch.done.query():
+                return
+            self._launches.popleft()
+            try:
+                launch.in_place.require_protection()
+            except Exception as error:
+                self._lost = error
+            launch.in_place.epochs.leave(launch.epoch)
+            spare = self._spare.setdefault(launch.addresses.shape[1], [])
+            if len(spare) < _SPARE_MAX:
+                spare.append(launch.addresses)
+
+    def _collect_later(self) -> None:
+        """A thread's: an idle reader must not hold slots that others wait for."""
+        while True:
+            time.sleep(_COLLECT_S)
+            with self._lock:
+                self._collect()
+                if not self._launches:
+                    self._collecting = False
+                    return
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, by name; plain ints and strings."""
+        kept = self._hbm.stats() if self._hbm else {}
+        return {
+            "tier": "gpu",
+            **kept,
+            **self._counters.read(),
+            "staging_bytes": self._staging.bytes,
+            "registered_bytes": self._reach.registered_bytes,
+        }
+
+    def check_integrity(self) -> None:
+        if self._hbm is not None:
+            self._hbm.check_integrity()
+
+    def close(self) -> None:
+        """Wait for what is queued and free everything; safe to call twice."""
+        with self._lock:
+            self._closed = True
+            self._prefetcher.close()
+            if self._cuda:
+                self.stream.synchronize()
+            self._collect()
+            if self._hbm is not None:
+                self._hbm.close()
