@@ -63,6 +63,62 @@ def find_in_place(packed_view, reachable, windows, orders, addresses):
 
 
 @kernel
+def find_everywhere(
+    device_view, first, slot_bytes, packed_view, reachable, windows, order_used, sources
+):
+    """Addresses of a step's n-grams on the device, or else in the arena, under both epochs.
+
+    Args:
+        device_view: of the device's directory; empty without one.
+        first: address of slot 0 on the device, with the lowest bit set.
+        packed_view, reachable: of the arena, see `find_in_place`.
+        windows: int32 `[T, max_order]`.
+        sources: int64 `[T, orders]`; 0 where there is none.
+
+    Returns:
+        how many wanted n-grams are not on the device, and how many of them nowhere. Nothing is
+        counted and touched unless the device, or the arena where there is no device's, has all.
+    """
+    view = unpack_view(packed_view)
+    there = device_view.size > 0
+    on_device = unpack_view(device_view if there else packed_view)
+    tokens, orders = sources.shape
+    wanted = absent = lacking = 0
+    for token in range(tokens):
+        ids = ids_at(windows, token)
+        for o in range(orders):
+            sources[token, o] = 0
+            if not order_used[o]:
+                continue
+            wanted += 1
+            order = view.min_order + o
+            if there:
+                slot = likely_slot(on_device, ngram_hash(on_device.seed, ids, order))
+                if slot >= 0 and is_key(head_of(on_device, slot), on_device.table, order, ids):
+                    sources[token, o] = first + slot * slot_bytes
+                    touch(on_device, slot)
+                    continue
+            absent += 1
+            slot = likely_slot(view, ngram_hash(view.seed, ids, order))
+            if slot >= 0 and reachable[slot >> view.slab_shift]:
+                head = head_of(view, slot)
+                sequence = load_acquire(head)
+                known = is_key(head, view.table, order, ids)
+                fence_acquire()
+                if known and sequence & _U64(1) == 0 and load_relaxed(head) == sequence:
+                    sources[token, o] = bundle_of(view, slot)
+                    if not there:
+                        touch(view, slot)
+                    continue
+            lacking += 1
+    if there and absent == 0:
+        count_reader(on_device, True, wanted, 0)
+    elif not there and lacking == 0:
+        count_reader(view, True, wanted, 0)
+    return absent, lacking
+
+
+@kernel
 def find_slots(packed_view, windows, orders, slots):
     """The slot of each n-gram, -1 if it has none. For the writer alone."""
     view = unpack_view(packed_view)

@@ -59,6 +59,16 @@ class Hbm:
         self._epochs = Epochs(self._cache.own_readers[0], self._cache.directories[0])
         self._first = self.memory.data_ptr() | PACKED
 
+    @property
+    def view(self) -> Int64s:
+        """Of its directory, for kernels."""
+        return self._cache.views[0]
+
+    @property
+    def first(self) -> int:
+        """Address of slot 0, with the lowest bit set."""
+        return self._first
+
     def enter(self) -> int:
         """What `find` finds from now on stays where it is until `leave`."""
         return self._epochs.enter()

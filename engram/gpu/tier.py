@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,15 @@ cuda: Any = torch.cuda  # parts of it have no types
 BLOCK_TOKENS = 2048
 """Tokens of one launch: what staging is sized for."""
 _COLLECT_S = 0.01
+_NO_VIEW = np.empty(0, np.int64)
 _SPARE_MAX = 8
+
+
+class _Room(NamedTuple):
+    """int64 `[2, T, orders]` on the host: sources, and where to keep what."""
+
+    tensor: torch.Tensor
+    array: Int64s
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class _Launch:
     done: Any
     in_place: InPlace
     epoch: int
-    addresses: torch.Tensor
+    room: _Room
 
 
 class GpuTier:
@@ -77,6 +85,7 @@ class GpuTier:
         self.capacity = capacity
         self.plan = Plan.of(tier.bundle, selection)
         self._every = np.diff(selection.order_bounds) > 0
+        self._orders_used = int(self._every.sum())
         self._gather = Gather(self.plan, tier.row_format, device)
         self._cuda = device.type == "cuda"
         self.stream: Any = cuda.Stream(device, priority=-1) if self._cuda else None
@@ -88,7 +97,7 @@ class GpuTier:
             )
         self._lock = threading.Lock()
         self._launches: deque[_Launch] = deque()
-        self._spare: dict[int, list[torch.Tensor]] = {}
+        self._spare: dict[int, list[_Room]] = {}
         self._collecting = False
         self._lost: Exception | None = None
         self._counters = Counters(
@@ -119,7 +128,8 @@ class GpuTier:
             self._collect()
             for first in range(0, tokens, BLOCK_TOKENS):
                 block = windows[first : first + BLOCK_TOKENS]
-                done = self._launch(block, out[:, first : first + len(block)])
+                part = out if len(block) == tokens else out[:, first : first + len(block)]
+                done = self._launch(block, part)
         self._counters.add(steps=1)
         return done
 
@@ -147,19 +157,19 @@ class GpuTier:
                     in_place.view, reach.reachable, left.windows, left.orders, found
                 )
                 come = np.flatnonzero(found)
-                addresses = self._room(len(come))
-                sources, keep = addresses.numpy()
+                room = self._room(len(come))
+                sources, keep = room.array
                 sources[:] = 0
                 at = (np.arange(len(come)), left.orders[come] - self.selection.min_order)
                 sources[at] = found[come]
                 keep[at] = self._hbm.admit(left.take(come), prefetched=True)
                 # What is not kept is not read either.
                 sources[keep == 0] = 0
-                done = self._queue(addresses, None)
+                done = self._queue(room.tensor, None)
             except BaseException:
                 in_place.epochs.leave(held)
                 raise
-            self._queued(_Launch(done, in_place, held, addresses))
+            self._queued(_Launch(done, in_place, held, room))
         return left.take(np.flatnonzero(found == 0))
 
     def require_protection(self) -> None:
@@ -175,12 +185,12 @@ class GpuTier:
 
     def _launch(self, windows: Int32s, out: torch.Tensor) -> Any:
         in_place, reach = self._arena()
-        addresses = self._room(len(windows))
+        room = self._room(len(windows))
         held = in_place.epochs.enter()
         kept = self._hbm.enter() if self._hbm else 0
         try:
-            staged = self._find(windows, in_place, reach, addresses.numpy())
-            done = self._queue(addresses, out)
+            staged = self._find(windows, in_place, reach, room.array)
+            done = self._queue(room.tensor, out)
             if staged:
                 self._staging.queued(done)
         except BaseException:
@@ -189,7 +199,7 @@ class GpuTier:
         finally:
             if self._hbm:
                 self._hbm.leave(kept)
-        self._queued(_Launch(done, in_place, held, addresses))
+        self._queued(_Launch(done, in_place, held, room))
         return done
 
     def _queued(self, launch: _Launch) -> None:
@@ -219,31 +229,38 @@ class GpuTier:
             self._in_place, self._reach = in_place, reach_of(in_place, self.device)
         return self._in_place, self._reach
 
-    def _room(self, tokens: int) -> torch.Tensor:
-        """int64 `[2, tokens, orders]` on the host, zeros in its second half."""
+    def _room(self, tokens: int) -> _Room:
+        """Its second half is zeros."""
         spare = self._spare.get(tokens)
         if spare:
-            room = spare.pop()
-        else:
-            shape = (2, tokens, self.plan.orders)
-            room = torch.empty(shape, dtype=torch.int64, pin_memory=self._cuda)
-        room.numpy()[1] = 0
-        return room
+            return spare.pop()
+        shape = (2, tokens, self.plan.orders)
+        tensor = torch.zeros(shape, dtype=torch.int64, pin_memory=self._cuda)
+        return _Room(tensor, tensor.numpy())
 
     def _find(
         self, windows: Int32s, in_place: InPlace, reach: Reach, addresses: np.ndarray
     ) -> bool:
         """Set sources and what to keep; whether something is in staging."""
         sources, keep = addresses
-        wanted = len(windows) * int(self._every.sum())
-        if self._hbm is None:
-            sources[:] = 0
+        hbm, wanted = self._hbm, len(windows) * self._orders_used
+        absent, lacking = _sources.find_everywhere(
+            _NO_VIEW if hbm is None else hbm.view,
+            0 if hbm is None else hbm.first,
+            self.plan.slot_bytes,
+            in_place.view,
+            reach.reachable,
+            windows,
+            self._every,
+            sources,
+        )
+        if not absent or (hbm is None and not lacking):
+            self._counters.add(ngrams_on_device=wanted - absent, ngrams_in_place=absent)
+            return False
+        if hbm is None:
             slots, absent = np.full(sources.shape, -1, np.int64), wanted
         else:
-            slots, absent = self._hbm.find(windows, self._every, sources)
-        if not absent:
-            self._counters.add(ngrams_on_device=wanted)
-            return False
+            slots, absent = hbm.find(windows, self._every, sources)
         missed = np.empty(absent, np.int64)
         listed = Ngrams(
             np.full((absent, windows.shape[1]), -1, np.int32), np.empty(absent, np.int32)
@@ -265,7 +282,7 @@ class GpuTier:
         )
         if lacking:
             self._stage(ngrams, found)
-        kept = self._hbm.admit(ngrams) if self._hbm else np.zeros(len(ngrams), np.int64)
+        kept = hbm.admit(ngrams) if hbm else np.zeros(len(ngrams), np.int64)
         _sources.spread(missed, number, firsts, found, kept, sources.reshape(-1), keep.reshape(-1))
         self._counters.add(
             ngrams_on_device=wanted - absent,
@@ -298,9 +315,10 @@ class GpuTier:
             except Exception as error:
                 self._lost = error
             launch.in_place.epochs.leave(launch.epoch)
-            spare = self._spare.setdefault(launch.addresses.shape[1], [])
+            spare = self._spare.setdefault(launch.room.array.shape[1], [])
             if len(spare) < _SPARE_MAX:
-                spare.append(launch.addresses)
+                launch.room.array[1] = 0
+                spare.append(launch.room)
 
     def _collect_later(self) -> None:
         """A thread's: an idle reader must not hold slots that others wait for."""

@@ -119,7 +119,7 @@ def _require_ids(tokens: torch.Tensor) -> None:
 
 
 def _on_host(part: Any) -> Any:
-    return part.detach().cpu().numpy() if isinstance(part, torch.Tensor) else part
+    return part.numpy(force=True) if isinstance(part, torch.Tensor) else part
 
 
 class EngramLookup(nn.Module):
@@ -161,7 +161,13 @@ class EngramLookup(nn.Module):
         self.device = None if device is None else torch.device(device)
         self.hbm = parse_size(hbm)
         self._selection = Selection.of(table.spec, self.layers, self.columns)
+        self._tiers: dict[torch.device, GpuTier] = {}
         self._ref = TableRef(table)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngramLookup:
+        return EngramLookup(
+            self.table, self.dtype, self.layers, self.columns, self.device, self.hbm
+        )
 
     @property
     def table(self) -> Table:
@@ -192,9 +198,9 @@ class EngramLookup(nn.Module):
         Raises: as `Table.lookup`.
         """
         device = tokens.device if self.device is None else self.device
-        tier = gpu_tier(self.table, self._selection, device, self.hbm)
+        tier = self._tier_on(device)
         if tier is not None:
-            return self._prepare(tier, tokens, starts, history, dead, None).wait()
+            return self._prepare(tier, tokens, starts, history, dead).wait()
         _require_ids(tokens)
         batch = {"starts": starts, "history": history, "dead": dead}
         return read(self.table, tokens, batch, self.layers, self.columns, self.dtype, device)
@@ -207,6 +213,7 @@ class EngramLookup(nn.Module):
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        after: Any = None,
     ) -> LayerRows | Prepared:
         """Begin a step: its embeddings are gathered on a stream of their own, beside whatever the
         device does. Call `wait` on the result at the first layer that needs them.
@@ -219,17 +226,27 @@ class EngramLookup(nn.Module):
                 their copy.
             out: to be filled, dtype `[layers, *tokens.shape, columns * dim]` on the device; fresh
                 memory when None.
+            after: CUDA event behind which `out` may be written; when None, behind all that the
+                current stream has queued.
 
         Raises: as `forward`; SelectionError for an `out` that does not fit.
         """
         device = tokens.device if self.device is None else self.device
-        tier = gpu_tier(self.table, self._selection, device, self.hbm)
+        tier = self._tier_on(device)
         if tier is None:
             if out is not None:
                 raise SelectionError(f"out is for tables with a GPU tier; {device} has none here")
             rows: LayerRows = self.forward(tokens, starts, history, dead)
             return rows
-        return self._prepare(tier, tokens, starts, history, dead, out)
+        return self._prepare(tier, tokens, starts, history, dead, out, after)
+
+    def _tier_on(self, device: torch.device) -> GpuTier | None:
+        found = self._tiers.get(device)
+        if found is None:
+            found = gpu_tier(self.table, self._selection, device, self.hbm)
+            if found is not None:
+                self._tiers[device] = found
+        return found
 
     def _prepare(
         self,
@@ -238,12 +255,13 @@ class EngramLookup(nn.Module):
         starts: Any,
         history: Any,
         dead: Any,
-        out: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+        after: Any = None,
     ) -> Prepared:
         _require_ids(tokens)
         parts = (_on_host(part) for part in (tokens, starts, history, dead))
         batch = self.table.spec.batch(*parts)
-        return prepare(tier, batch.windows, batch.shape, self.layers, self.dtype, out)
+        return prepare(tier, batch.windows, batch.shape, self.layers, self.dtype, out, after)
 
     def prefetch(
         self,
@@ -312,7 +330,8 @@ class EngramEmbedding(nn.Module):
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        after: Any = None,
     ) -> LayerRows | Prepared:
         """As `EngramLookup.prepare`, for this layer alone."""
-        prepared: LayerRows | Prepared = self.lookup.prepare(tokens, starts, history, dead, out)
-        return prepared
+        rows: LayerRows | Prepared = self.lookup.prepare(tokens, starts, history, dead, out, after)
+        return rows

@@ -121,14 +121,17 @@ def prepare(
     layers: tuple[int, ...],
     dtype: torch.dtype,
     out: torch.Tensor | None,
+    after: Any = None,
 ) -> Prepared:
     """Queue the embeddings of a step.
 
     Args:
         windows: int32 `[T, max_order]`.
         shape: of the tokens.
-        out: `dtype` `[layers, *shape, columns * dim]` to fill, contiguous on the device; what the
-            current stream has queued may still read it. Fresh memory when None.
+        out: `dtype` `[layers, *shape, columns * dim]` to fill, contiguous on the device. Fresh
+            memory when None.
+        after: event behind which `out` may be written; when None, behind all that the current
+            stream has queued.
 
     Raises:
         SelectionError: an `out` that does not fit.
@@ -141,7 +144,10 @@ def prepare(
     if out is not None:
         _check_out(out, wanted, dtype, tier.device)
         if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(tier.device))
+            if after is None:
+                stream.wait_stream(torch.cuda.current_stream(tier.device))
+            else:
+                stream.wait_event(after)
     elif stream is None:
         out = torch.empty(wanted, dtype=dtype, device=tier.device)
     else:
