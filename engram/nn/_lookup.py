@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 
 
 class TableRef:
-    """Keeps a table inside a module: a copy of the module shares it, a pickle refuses it."""
+    """Keeps a table inside a module: a copy of the module shares it, a pickle refuses it.
+
+    Attributes:
+        tiers: those that serve the module, by device.
+    """
 
     def __init__(self, table: Table) -> None:
         self.table = table
+        self.tiers: dict[torch.device, GpuTier] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TableRef:
         return self
@@ -161,13 +166,7 @@ class EngramLookup(nn.Module):
         self.device = None if device is None else torch.device(device)
         self.hbm = parse_size(hbm)
         self._selection = Selection.of(table.spec, self.layers, self.columns)
-        self._tiers: dict[torch.device, GpuTier] = {}
         self._ref = TableRef(table)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EngramLookup:
-        return EngramLookup(
-            self.table, self.dtype, self.layers, self.columns, self.device, self.hbm
-        )
 
     @property
     def table(self) -> Table:
@@ -241,11 +240,11 @@ class EngramLookup(nn.Module):
         return self._prepare(tier, tokens, starts, history, dead, out, after)
 
     def _tier_on(self, device: torch.device) -> GpuTier | None:
-        found = self._tiers.get(device)
+        found = self._ref.tiers.get(device)
         if found is None:
             found = gpu_tier(self.table, self._selection, device, self.hbm)
             if found is not None:
-                self._tiers[device] = found
+                self._ref.tiers[device] = found
         return found
 
     def _prepare(
