@@ -76,7 +76,8 @@ def test_a_file_is_read_at_once(path):
         assert ast.get_docstring(tree), "say in one sentence what the module is for"
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length = (node.end_lineno or 0) - node.lineno - _docstring_lines(node)
+                # A long list of parameters is read in passing.
+                length = (node.end_lineno or 0) - node.body[0].lineno - _docstring_lines(node)
                 assert length <= FUNCTION_LINES_MAX, f"{node.name} has {length} lines"
 
 

@@ -232,6 +232,7 @@ def _host_us(call: Callable[[], Any]) -> float:
 def _gathers(tier: Any, ids: _Steps, count: int, runs: int, out: torch.Tensor) -> list[Any]:
     """Calls that gather steps whose n-grams have their addresses already."""
     calls = []
+    stream = cuda.current_stream() if tier.device.type == "cuda" else None
     for _ in range(runs):
         tokens, starts, history = ids.step(count)
         windows = tier.tier.spec.batch(tokens.numpy(), starts.numpy(), history.numpy()).windows
@@ -245,7 +246,7 @@ def _gathers(tier: Any, ids: _Steps, count: int, runs: int, out: torch.Tensor) -
             tier._find(block, in_place, reach, room.numpy())
             room.numpy()[1] = 0
             parts.append((room, out[:, first : first + len(block)]))
-        calls.append(lambda parts=parts: [tier._gather(*part) for part in parts])
+        calls.append(lambda parts=parts: [tier._gather(*part, stream) for part in parts])
     return calls
 
 
@@ -296,17 +297,23 @@ def _host(lookup: EngramLookup, ids: _Steps, smoke: bool) -> list[Line]:
     lines = []
     for count, bar in HOST_BARS_US.items():
         times = []
+        cuda_there = lookup.device is not None and lookup.device.type == "cuda"
+        wide = (len(lookup.layers), count, lookup.embedding_dim)
+        out = torch.empty(wide, dtype=torch.bfloat16, device=lookup.device)
+        free = cuda.Event() if cuda_there else None
+        if free is not None:
+            free.record()
         for _ in range(20 if smoke else 300):
             step = ids.step(count)
             prepared: Any = None
 
-            def prepare(step: Any = step) -> None:
+            def prepare(step: Any = step, out: Any = out, free: Any = free) -> None:
                 nonlocal prepared
-                prepared = lookup.prepare(*step)
+                prepared = lookup.prepare(*step, out=out, after=free)
 
             times.append(_host_us(prepare))
             prepared.wait()
-            if lookup.device is not None and lookup.device.type == "cuda":
+            if cuda_there:
                 torch.cuda.synchronize()
         times = times[len(times) // 5 :]
         median = float(np.median(times))

@@ -12,6 +12,7 @@ Rows are decoded in float32 and rounded once, as `engram.nn.dequantize` does on 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,9 @@ def _signed(magnitude, code, SIGN: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _e4m3(code):
+def _e4m3(code, HARDWARE: tl.constexpr):
+    if HARDWARE:
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     code = code.to(tl.int32)
     magnitude = code & 0x7F
     # Subnormals are multiples of 2**-9; all others have their exponent moved by 120.
@@ -82,29 +85,6 @@ def _units_at(
 
 
 @triton.jit
-def _read(
-    source,
-    at,
-    keep,
-    kept_at,
-    valid,
-    COUNT: tl.constexpr,
-    COUNT_2: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """One part of the rows, kept on the device if `keep` is an address."""
-    offsets = tl.load(at, mask=valid, other=0)
-    pointer, mask = _units_at(source, offsets, valid, COUNT, COUNT_2, UNIT, ALIGN)
-    units = tl.load(pointer, mask=mask, other=0)
-    if keep != 0:
-        offsets = tl.load(kept_at, mask=valid, other=0)
-        kept, _ = _units_at(keep, offsets, valid, COUNT, COUNT_2, UNIT, ALIGN)
-        tl.store(kept, units, mask=mask)
-    return units
-
-
-@triton.jit
 def _decode(
     values,
     scales,
@@ -114,18 +94,19 @@ def _decode(
     COUNT: tl.constexpr,
     BLOCKS: tl.constexpr,
     FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     """float32 `[ROWS, elements]` of `[ROWS, COUNT]` values and `[ROWS, BLOCKS]` scales."""
     if FORMAT == 3:
-        blocks = tl.reshape(_e4m3(values), [ROWS, BLOCKS, COUNT // BLOCKS])
+        blocks = tl.reshape(_e4m3(values, HARDWARE), [ROWS, BLOCKS, COUNT // BLOCKS])
         return tl.reshape(blocks * _ue8m0(scales)[:, :, None], [ROWS, COUNT])
     elif FORMAT == 4:
-        return _e4m3(values) * global_scale
+        return _e4m3(values, HARDWARE) * global_scale
     elif FORMAT == 5:
         code = values.to(tl.int32)
         elements = tl.interleave(_e2m1(code & 15), _e2m1(code >> 4))
         blocks = tl.reshape(elements, [ROWS, BLOCKS, 2 * COUNT // BLOCKS])
-        scaled = tl.reshape(blocks * _e4m3(scales)[:, :, None], [ROWS, 2 * COUNT])
+        scaled = tl.reshape(blocks * _e4m3(scales, HARDWARE)[:, :, None], [ROWS, 2 * COUNT])
         return scaled * global_scale
     elif FORMAT == 6:
         code = values.to(tl.int32)
@@ -138,6 +119,93 @@ def _decode(
         return values.to(tl.float32)
 
 
+@triton.jit
+def _read(
+    source,
+    offsets,
+    keep,
+    kept_offsets,
+    valid,
+    COUNT: tl.constexpr,
+    COUNT_2: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """One part of the rows, kept on the device if `keep` is an address."""
+    pointer, mask = _units_at(source, offsets, valid, COUNT, COUNT_2, UNIT, ALIGN)
+    units = tl.load(pointer, mask=mask, other=0)
+    if keep != 0:
+        kept, _ = _units_at(keep, kept_offsets, valid, COUNT, COUNT_2, UNIT, ALIGN)
+        tl.store(kept, units, mask=mask)
+    return units
+
+
+@triton.jit
+def _write(
+    decoded,
+    values,
+    out,
+    base,
+    position,
+    valid,
+    DIM: tl.constexpr,
+    DIM_2: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Rows to their positions from `base` on; bits stay as they are if nothing is to be converted."""
+    if FORMAT == 0 and out.dtype.element_ty == tl.bfloat16:
+        decoded = values.to(tl.bfloat16, bitcast=True)
+    elif FORMAT > 0 and FORMAT < 3:
+        decoded = values
+    place = tl.arange(0, DIM_2)
+    starts = tl.multiple_of(base + position * DIM, OUT_ALIGN)
+    element = starts[:, None] + place[None, :]
+    mask = valid[:, None] & (place < DIM)[None, :]
+    tl.store(out + element, decoded.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rows_of(
+    bounds,
+    positions,
+    offsets,
+    order,
+    source_layer,
+    kept_layer,
+    layer,
+    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
+    REGULAR: tl.constexpr,
+):
+    """Which of `[ROWS]` there are, their columns in the output, and bytes of their values and
+    scales in the source, and where they are kept."""
+    row = tl.arange(0, ROWS)
+    if REGULAR:
+        start = layer * (HEADS * (VALUE_BYTES + SCALE_BYTES))
+        value_at = start + row * VALUE_BYTES
+        scale_at = start + HEADS * VALUE_BYTES + row * SCALE_BYTES
+        return row < HEADS, order * HEADS + row, value_at, scale_at, value_at, scale_at
+    else:
+        first = tl.load(bounds + order)
+        valid = row < tl.load(bounds + order + 1) - first
+        column = first + row
+        position = tl.load(positions + column, mask=valid, other=0)
+        at = offsets + (source_layer * COLUMNS + column) * 2
+        kept = offsets + (kept_layer * COLUMNS + column) * 2
+        return (
+            valid,
+            position,
+            tl.load(at, mask=valid, other=0),
+            tl.load(at + 1, mask=valid, other=0),
+            tl.load(kept, mask=valid, other=0),
+            tl.load(kept + 1, mask=valid, other=0),
+        )
+
+
 @triton.jit(do_not_specialize=["tokens", "layer_stride"])
 def gather(
     addresses,
@@ -146,12 +214,13 @@ def gather(
     offsets,
     book,
     out,
-    tokens,
-    layer_stride,
+    tokens: tl.int32,
+    layer_stride: tl.int64,
     global_scale,
     ORDERS: tl.constexpr,
     LAYERS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_2: tl.constexpr,
@@ -164,9 +233,11 @@ def gather(
     SCALE_ALIGN: tl.constexpr,
     OUT_ALIGN: tl.constexpr,
     FORMAT: tl.constexpr,
+    REGULAR: tl.constexpr,
+    HARDWARE: tl.constexpr,
     DECODED: tl.constexpr,
 ):
-    """See `Gather.__call__`; arrays are on the device.
+    """See `Gather.__call__`; arrays are where the device can read them.
 
     Args:
         addresses: int64 `[2, T, orders]`.
@@ -174,8 +245,11 @@ def gather(
         book: float32 `[16]`, nf4's.
         out: `[layers, T, columns, dim]`, layers `layer_stride` elements apart; not touched unless
             DECODED.
-        ROWS: heads of an order, as a power of two, like all NAME_2.
+        HEADS: of an order; ROWS that as a power of two, like all NAME_2.
         VALUES, SCALES: units of a row's values and scales.
+        HARDWARE: whether the device converts e4m3 itself.
+        REGULAR: whether everything is selected, in order: then where rows lie is computed, and a
+            program waits only for its address before it asks for its rows.
     """
     pid = tl.program_id(0)
     layer = tl.program_id(1)
@@ -186,35 +260,51 @@ def gather(
     if tagged != 0:
         kind = (tagged & 1).to(tl.int32)
         source = tagged - kind
-        first = tl.load(bounds + order)
-        row = tl.arange(0, ROWS)
-        valid = row < tl.load(bounds + order + 1) - first
-        column = first + row
-        at = offsets + ((kind * LAYERS + layer) * COLUMNS + column) * 2
-        kept_at = offsets + ((LAYERS + layer) * COLUMNS + column) * 2
-        values = _read(source, at, keep, kept_at, valid, VALUES, VALUES_2, VALUE_UNIT, VALUE_ALIGN)
+        valid, position, value_at, scale_at, kept_value_at, kept_scale_at = _rows_of(
+            bounds,
+            positions,
+            offsets,
+            order,
+            kind * LAYERS + layer,
+            LAYERS + layer,
+            layer,
+            COLUMNS,
+            HEADS,
+            ROWS,
+            VALUES * (VALUE_UNIT.primitive_bitwidth // 8),
+            SCALES,
+            REGULAR,
+        )
+        values = _read(
+            source,
+            value_at,
+            keep,
+            kept_value_at,
+            valid,
+            VALUES,
+            VALUES_2,
+            VALUE_UNIT,
+            VALUE_ALIGN,
+        )
         scales = values
         if SCALES > 0:
             scales = _read(
-                source, at + 1, keep, kept_at + 1, valid, SCALES, SCALES_2, tl.uint8, SCALE_ALIGN
+                source,
+                scale_at,
+                keep,
+                kept_scale_at,
+                valid,
+                SCALES,
+                SCALES_2,
+                tl.uint8,
+                SCALE_ALIGN,
             )
         if DECODED:
-            decoded = _decode(values, scales, book, global_scale, ROWS, VALUES_2, SCALES_2, FORMAT)
-            # Bits stay as they are where nothing has to be converted.
-            if FORMAT == 0 and out.dtype.element_ty == tl.bfloat16:
-                decoded = values.to(tl.bfloat16, bitcast=True)
-            elif FORMAT > 0 and FORMAT < 3:
-                decoded = values
-            position = tl.load(positions + column, mask=valid, other=0)
-            place = tl.arange(0, DIM_2)
-            start = layer * layer_stride.to(tl.int64) + token.to(tl.int64) * (COLUMNS * DIM)
-            rows = tl.multiple_of(start + position * DIM, OUT_ALIGN)
-            element = rows[:, None] + place[None, :]
-            tl.store(
-                out + element,
-                decoded.to(out.dtype.element_ty),
-                mask=valid[:, None] & (place < DIM)[None, :],
+            decoded = _decode(
+                values, scales, book, global_scale, ROWS, VALUES_2, SCALES_2, FORMAT, HARDWARE
             )
+            base = layer * layer_stride + token.to(tl.int64) * (COLUMNS * DIM)
+            _write(decoded, values, out, base, position, valid, DIM, DIM_2, OUT_ALIGN, FORMAT)
 
 
 class Launch:
@@ -240,43 +330,53 @@ class Launch:
             "offsets": plan.offsets,
             "book": np.array(NF4, np.float32),
         }
-        self._arrays = {name: torch.from_numpy(a).to(device) for name, a in on_device.items()}
+        self._arrays = tuple(torch.from_numpy(a).to(device) for a in on_device.values())
         self._orders, self._layers = plan.orders, plan.layers
         self._global_scale = float(np.float32(row_format.global_scale or 1.0))
-        self._constants = {
-            "ORDERS": plan.orders,
-            "LAYERS": plan.layers,
-            "COLUMNS": plan.columns,
-            "ROWS": triton.next_power_of_2(plan.heads),
-            "DIM": row_format.dim,
-            "DIM_2": values_2 * (2 if name in ("nvfp4", "nf4") else 1),
-            "VALUES": values,
-            "VALUES_2": values_2,
-            "VALUE_UNIT": value_unit,
-            "SCALES": scales,
-            "SCALES_2": scales_2,
-            "VALUE_ALIGN": math.gcd(16, *plan.offsets[..., 0].ravel().tolist()),
-            "OUT_ALIGN": math.gcd(16, row_format.dim),
-            "SCALE_ALIGN": math.gcd(16, *plan.offsets[..., 1].ravel().tolist()),
-            "FORMAT": _FORMATS[name],
-        }
+        self._constants = (
+            plan.orders,
+            plan.layers,
+            plan.columns,
+            plan.heads,
+            triton.next_power_of_2(plan.heads),
+            row_format.dim,
+            values_2 * (2 if name in ("nvfp4", "nf4") else 1),
+            values,
+            values_2,
+            value_unit,
+            scales,
+            scales_2,
+            math.gcd(16, *plan.offsets[..., 0].ravel().tolist()),
+            math.gcd(16, *plan.offsets[..., 1].ravel().tolist()),
+            math.gcd(16, row_format.dim),
+            _FORMATS[name],
+            plan.regular,
+            device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9),
+        )
+        self._compiled: dict[tuple[object, ...], Any] = {}
 
-    def __call__(self, addresses: torch.Tensor, out: torch.Tensor | None) -> None:
-        """As `Gather.__call__`, the addresses on the device."""
+    def __call__(self, addresses: torch.Tensor, out: torch.Tensor | None, stream: Any) -> None:
+        """As `Gather.__call__`, on a stream; the addresses where the device can read them."""
         tokens = addresses.shape[1]
         if not tokens:
             return
-        gather[(tokens * self._orders, self._layers)](
+        written = self._arrays[-1] if out is None else out
+        arguments = (
             addresses,
-            self._arrays["bounds"],
-            self._arrays["positions"],
-            self._arrays["offsets"],
-            self._arrays["book"],
-            self._arrays["book"] if out is None else out,
+            *self._arrays,
+            written,
             tokens,
             0 if out is None else out.stride(0),
             self._global_scale,
-            **self._constants,
-            DECODED=out is not None,
-            num_warps=_WARPS,
+            *self._constants,
+            out is not None,
         )
+        grid = (tokens * self._orders, self._layers, 1)
+        # What Triton compiles for besides the constants. Looking that up itself takes it longer
+        # than a step of few tokens may.
+        key = (written.dtype, out is None, written.data_ptr() % 16, addresses.data_ptr() % 16)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = gather[grid](*arguments, num_warps=_WARPS)
+        else:
+            compiled[grid](*arguments, stream=stream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from engram.gpu.dequantize import dequantize
 from engram.gpu.plan import Plan
 from engram.rows import RowFormat
 
-HAS_TRITON = find_spec("triton") is not None
+_READ_OVER_BUS_TOKENS = 256
+"""Up to so many, programs read their addresses from the host themselves: a copy before them would
+take longer to start."""
 
 
 class Gather:
@@ -34,17 +36,23 @@ class Gather:
 
             self._launch = Launch(plan, row_format, device)
 
-    def __call__(self, addresses: torch.Tensor, out: torch.Tensor | None) -> None:
-        """Queue it on the current stream.
+    def __call__(
+        self, addresses: torch.Tensor, out: torch.Tensor | None, stream: Any = None
+    ) -> None:
+        """Queue it.
 
         Args:
             addresses: int64 `[2, T, orders]` on the host, pinned for CUDA devices: where each
                 n-gram's bundle is, its lowest bit the kind (`plan.WHOLE`, `plan.PACKED`), 0 for
                 none; and where to keep it on the device, 0 to keep it not.
             out: floating `[layers, T, columns, dim]`; None only keeps.
+            stream: of a CUDA device.
         """
         if self._launch is not None:
-            self._launch(addresses.to(self._device, non_blocking=True), out)
+            if addresses.shape[1] > _READ_OVER_BUS_TOKENS:
+                with torch.cuda.stream(stream):
+                    addresses = addresses.to(self._device, non_blocking=True)
+            self._launch(addresses, out, stream.cuda_stream)
             return
         plan, form = self._plan, self._format
         shape = (plan.layers, addresses.shape[1], plan.columns)

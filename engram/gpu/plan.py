@@ -29,6 +29,7 @@ class Plan:
         offsets: int32 `[2, layers, columns, 2]`: byte in a bundle, `WHOLE` or `PACKED`, of a row's
             values and of its scales.
         slot_bytes: of a packed bundle, whole cache lines; the largest of all orders.
+        regular: whether everything is selected, in order.
     """
 
     orders: int
@@ -39,6 +40,7 @@ class Plan:
     positions: Int32s
     offsets: Int32s
     slot_bytes: int
+    regular: bool
 
     @classmethod
     def of(cls, bundle: BundleLayout, selection: Selection) -> Plan:
@@ -64,6 +66,8 @@ class Plan:
             positions.astype(np.int32),
             np.stack([whole, packed]).astype(np.int32),
             -(-needed // LINE_BYTES) * LINE_BYTES,
+            selection.layers == tuple(range(bundle.layers))
+            and selection.columns == tuple(range(selection.orders * bundle.heads)),
         )
 
 

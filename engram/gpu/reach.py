@@ -24,6 +24,7 @@ from engram.ram.memory import Memory
 _READ_ONLY = 0x08
 """cudaHostRegisterReadOnly."""
 _RETRY_S = 0.02
+_STAGING_LEAST = 1 << 20
 _Flags = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -140,17 +141,15 @@ def _cudart() -> Any:
 class Staging:
     """Host memory for bundles on their way, in two halves that take turns.
 
-    A half is written again only after the device has read it.
+    A half is written again only after the device has read it, and grows to what was needed.
 
     Args:
-        half_bytes: of one half; taken when first needed.
         device: that reads it.
     """
 
-    def __init__(self, half_bytes: int, device: torch.device) -> None:
-        self._half_bytes = half_bytes
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._halves: list[torch.Tensor] = []
+        self._halves = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         self._read: list[Any] = [None, None]
         self._turn = 0
 
@@ -158,18 +157,16 @@ class Staging:
     def bytes(self) -> int:
         return sum(half.numel() for half in self._halves)
 
-    def take(self) -> int:
-        """Address of a half that nobody reads; waits for the device if it still does."""
-        if not self._halves:
-            pinned = self._device.type == "cuda"
-            self._halves = [
-                torch.empty(self._half_bytes, dtype=torch.uint8, pin_memory=pinned)
-                for _ in range(2)
-            ]
+    def take(self, size: int) -> int:
+        """Address of `size` bytes that nobody reads; waits for the device if it still does."""
         self._turn = 1 - self._turn
         event, self._read[self._turn] = self._read[self._turn], None
         if event is not None:
             event.synchronize()
+        if self._halves[self._turn].numel() < size:
+            pinned = self._device.type == "cuda"
+            wanted = max(_STAGING_LEAST, 1 << (size - 1).bit_length())
+            self._halves[self._turn] = torch.empty(wanted, dtype=torch.uint8, pin_memory=pinned)
         return self._halves[self._turn].data_ptr()
 
     def queued(self, event: Any) -> None:

@@ -37,8 +37,8 @@ from engram.ram.bundle_tier import BundleTier, InPlace
 from engram.tiers import Int32s, Int64s, Ngrams, Prefetch, Selection
 
 cuda: Any = torch.cuda  # parts of it have no types
-BLOCK_TOKENS = 2048
-"""Tokens of one launch: what staging is sized for."""
+BLOCK_TOKENS = 8192
+"""Tokens of one launch, at most: what bounds staging."""
 _COLLECT_S = 0.01
 _NO_VIEW = np.empty(0, np.int64)
 _SPARE_MAX = 8
@@ -89,7 +89,7 @@ class GpuTier:
         self._gather = Gather(self.plan, tier.row_format, device)
         self._cuda = device.type == "cuda"
         self.stream: Any = cuda.Stream(device, priority=-1) if self._cuda else None
-        self._staging = Staging(BLOCK_TOKENS * self.plan.orders * tier.bundle.slot_bytes, device)
+        self._staging = Staging(device)
         self._hbm: Hbm | None = None
         if capacity >= self.plan.slot_bytes:
             self._hbm = Hbm(
@@ -98,6 +98,7 @@ class GpuTier:
         self._lock = threading.Lock()
         self._launches: deque[_Launch] = deque()
         self._spare: dict[int, list[_Room]] = {}
+        self._events: list[Any] = []
         self._collecting = False
         self._lost: Exception | None = None
         self._counters = Counters(
@@ -214,10 +215,9 @@ class GpuTier:
         if not self._cuda:
             self._gather(addresses, out)
             return None
-        with torch.cuda.stream(self.stream):
-            self._gather(addresses, out)
-            done = cuda.Event()
-            done.record(self.stream)
+        self._gather(addresses, out, self.stream)
+        done = self._events.pop() if self._events else cuda.Event()
+        done.record(self.stream)
         return done
 
     def _arena(self) -> tuple[InPlace, Reach]:
@@ -294,7 +294,8 @@ class GpuTier:
     def _stage(self, ngrams: Ngrams, found: Int64s) -> None:
         """Fetch n-grams that `found` has no address of, and set it."""
         rest = np.flatnonzero(found == 0)
-        size, target = self.tier.bundle.slot_bytes, self._staging.take()
+        size = self.tier.bundle.slot_bytes
+        target = self._staging.take(len(rest) * size)
 
         def deliver(first: int, bundles: Int64s) -> None:
             placed = np.empty(len(bundles), np.int64)
@@ -315,6 +316,9 @@ class GpuTier:
             except Exception as error:
                 self._lost = error
             launch.in_place.epochs.leave(launch.epoch)
+            if launch.done is not None:
+                # Who still waits for it waits for what comes later on the same stream.
+                self._events.append(launch.done)
             spare = self._spare.setdefault(launch.room.array.shape[1], [])
             if len(spare) < _SPARE_MAX:
                 launch.room.array[1] = 0
