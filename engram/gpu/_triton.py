@@ -153,7 +153,7 @@ def _write(
     OUT_ALIGN: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Rows to their positions from `base` on; bits stay as they are if nothing is to be converted."""
+    """Rows to their positions from `base` on; bits stay where nothing is to be converted."""
     if FORMAT == 0 and out.dtype.element_ty == tl.bfloat16:
         decoded = values.to(tl.bfloat16, bitcast=True)
     elif FORMAT > 0 and FORMAT < 3:
