@@ -91,6 +91,9 @@ def check(name, geometry, dtype, device):
             launch = Launch(plan, row_format, where)
             for _ in range(1 if stream is None else 2):  # compiled, and then as it was compiled
                 launch(addresses.to(where), out, stream)
+            again = torch.full_like(out, float("nan"))
+            launch(addresses[:1].contiguous().to(where), again, stream, kept=False)
+            assert torch.equal(again.view(torch.uint8), out.view(torch.uint8))
         at = 0 if where.type == "cuda" else first - kept.data_ptr()
         content = kept.cpu()[at : at + TOKENS * orders * plan.slot_bytes]
         results.append((out.float().cpu(), content))

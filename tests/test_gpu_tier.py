@@ -5,6 +5,8 @@ On the CPU the same code runs with the host's gather, so all but the kernel is t
 """
 
 import threading
+import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engram
+from engram.demo.sidecar import sidecar
 from engram.errors import ConfigError, SelectionError, StoreError
 from engram.nn import EngramEmbedding, EngramLookup, dequantize
 from engram.rows import ROW_FORMATS, RowFormat
@@ -241,3 +244,87 @@ def test_more_than_the_device_has(v41_table):
         lookup = EngramLookup(table, device="cuda", hbm="8TiB")
         with pytest.raises(ConfigError, match=r"8TiB wanted, but cuda:0 has .* free"):
             lookup(torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_arena_that_others_churn(v41_table, device, tmp_path):
+    """Slots are reused all the time, and none while a step that was queued still reads it."""
+    with (
+        sidecar(tmp_path / "s.sock", {"v41": v41_table}, "300KiB") as target,
+        engram.connect(target) as table,
+        engram.connect(target) as other,
+        engram.open(v41_table, ram="8MiB") as truth,
+    ):
+        lookup = EngramLookup(table, torch.float32, device=device, hbm="100KiB")
+        ending = threading.Event()
+
+        def churn():
+            seed = 1000
+            while not ending.is_set():
+                seed += 1
+                other.lookup(random_ids(other, 40, seed))
+
+        thread = threading.Thread(target=churn)
+        thread.start()
+        try:
+            for turn in range(100):
+                ids = random_ids(table, 40, turn % 7)
+                found = all_layers(lookup(torch.from_numpy(ids)))
+                assert same(found, expected(truth, ids, torch.float32))
+        finally:
+            ending.set()
+            thread.join()
+        (tier,) = table.on_devices
+        counted = tier.stats()
+        assert counted["ngrams_staged"] > 0
+        assert counted["ngrams_on_device"] > 0
+        tier.check_integrity()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sidecar_that_dies_and_comes_back(v41_table, device, tmp_path):
+    """Steps go on, from the dead one's arena and its file, and then from the new one's arena."""
+    path = tmp_path / "s.sock"
+    with engram.open(v41_table, ram="8MiB") as truth:
+
+        def check(table, lookup, seed):
+            ids = random_ids(table, 30, seed)
+            assert same(
+                all_layers(lookup(torch.from_numpy(ids))), expected(truth, ids, lookup.dtype)
+            )
+
+        with ExitStack() as connected:
+            with sidecar(path, {"v41": v41_table}, "4MiB") as target:
+                table = connected.enter_context(engram.connect(target))
+                lookup = EngramLookup(table, torch.float32, device=device, hbm="64KiB")
+                check(table, lookup, 1)
+                first = table.on_devices[0]._in_place
+            for seed in range(3):
+                check(table, lookup, seed)
+            with sidecar(path, {"v41": v41_table}, "4MiB"):
+                for seed in range(200):
+                    check(table, lookup, seed % 5)
+                    if table.on_devices[0]._in_place is not first:
+                        break
+                    time.sleep(0.05)
+                assert table.on_devices[0]._in_place is not first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_graph_reads_each_steps_embeddings(v41_table):
+    with engram.open(v41_table, ram="2MiB") as table:
+        lookup = EngramLookup(table, device="cuda", hbm="256KiB")
+        out = torch.zeros((2, 16, lookup.embedding_dim), dtype=torch.bfloat16, device="cuda")
+        weight = torch.randn(lookup.embedding_dim, 64, dtype=torch.bfloat16, device="cuda")
+        torch.matmul(out, weight)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = torch.matmul(out, weight)
+        for seed in range(1000):
+            ids = random_ids(table, 16, seed)
+            lookup.prepare(torch.from_numpy(ids), out=out).wait()
+            graph.replay()
+            eager = torch.matmul(all_layers(lookup(torch.from_numpy(ids))), weight)
+            assert torch.equal(replayed, eager)
+            if seed % 100 == 0:
+                assert same(out, expected(table, ids, torch.bfloat16))

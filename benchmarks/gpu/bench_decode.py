@@ -137,8 +137,9 @@ def run(options: argparse.Namespace) -> list[Line]:
     shape = Shape()
     if options.smoke:
         shape = Shape(4, 128, 4, 2, 256, 129_280, 16, (1, 2))
-    text = np.concatenate(source_tokens(8_000 if options.smoke else 1_200_000))
+    text = np.concatenate(source_tokens(8_000 if options.smoke else 300_000))
     decoder = Decoder(shape, max(options.sequences), device)
+    print("decoder made", flush=True)
     lines: list[Line] = []
     with tempfile.TemporaryDirectory(dir=options.place) as name:
         path = make_table(Path(name) / "table", options.rows)
@@ -146,9 +147,16 @@ def run(options: argparse.Namespace) -> list[Line]:
         enough, tenth = max(8 << 20, 3 * len(text) * 6144), size // 10
         with (
             engram.open(path, ram=enough, guard=True) as warm,
-            engram.open(path, ram=tenth) as cold,
+            engram.open(path, ram=tenth, guard=True) as cold,
         ):
+            for first in range(HISTORY, len(text) - 2048, 2048):
+                some = text[first : first + 2048], None, text[None, first - HISTORY : first]
+                warm.lookup(*some)
+                if first < len(text) // 2:
+                    cold.lookup(*some)
+            print("warmed up", flush=True)
             for sequences in options.sequences:
+                print(f"{sequences} sequences", flush=True)
                 lines += _compare(decoder, sequences, warm, cold, path, text, options)
             for table in (warm, cold):
                 for tier in table.stats()["tiers"]:
@@ -181,11 +189,6 @@ def _compare(
         "d": _Loop(from_out, lookups["d"], out),
     }
     half = len(text) // 2
-    for first in range(HISTORY, len(text) - 2048, 2048):
-        some = text[first : first + 2048], None, text[None, first - HISTORY : first]
-        warm.lookup(*some)
-        if first < half:
-            cold.lookup(*some)
     _check_embeddings(lookups["c"], warm, text, device)
     times: dict[str, list[float]] = {way: [] for way in loops}
     rounds = 2 if options.smoke else 4

@@ -244,9 +244,10 @@ def _gathers(tier: Any, ids: _Steps, count: int, runs: int, out: torch.Tensor) -
             room = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
             in_place, reach = tier._arena()
             tier._find(block, in_place, reach, room.numpy())
-            room.numpy()[1] = 0
             parts.append((room, out[:, first : first + len(block)]))
-        calls.append(lambda parts=parts: [tier._gather(*part, stream) for part in parts])
+        calls.append(
+            lambda parts=parts: [tier._gather(*part, stream, kept=False) for part in parts]
+        )
     return calls
 
 
@@ -309,7 +310,8 @@ def _host(lookup: EngramLookup, ids: _Steps, smoke: bool) -> list[Line]:
 
             def prepare(step: Any = step, out: Any = out, free: Any = free) -> None:
                 nonlocal prepared
-                prepared = lookup.prepare(*step, out=out, after=free)
+                tokens, starts, history = step
+                prepared = lookup.prepare(tokens, starts, history, out=out, after=free)
 
             times.append(_host_us(prepare))
             prepared.wait()

@@ -130,11 +130,12 @@ def _read(
     COUNT_2: tl.constexpr,
     UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """One part of the rows, kept on the device if `keep` is an address."""
     pointer, mask = _units_at(source, offsets, valid, COUNT, COUNT_2, UNIT, ALIGN)
     units = tl.load(pointer, mask=mask, other=0)
-    if keep != 0:
+    if KEPT and keep != 0:
         kept, _ = _units_at(keep, kept_offsets, valid, COUNT, COUNT_2, UNIT, ALIGN)
         tl.store(kept, units, mask=mask)
     return units
@@ -235,12 +236,13 @@ def gather(
     FORMAT: tl.constexpr,
     REGULAR: tl.constexpr,
     HARDWARE: tl.constexpr,
+    KEPT: tl.constexpr,
     DECODED: tl.constexpr,
 ):
     """See `Gather.__call__`; arrays are where the device can read them.
 
     Args:
-        addresses: int64 `[2, T, orders]`.
+        addresses: int64 `[2, T, orders]`, or without the second half unless KEPT.
         bounds, positions, offsets: of the plan, int32.
         book: float32 `[16]`, nf4's.
         out: `[layers, T, columns, dim]`, layers `layer_stride` elements apart; not touched unless
@@ -256,7 +258,9 @@ def gather(
     order = pid % ORDERS
     token = pid // ORDERS
     tagged = tl.load(addresses + pid)
-    keep = tl.load(addresses + tokens * ORDERS + pid)
+    keep = tl.zeros((), tl.int64)
+    if KEPT:
+        keep = tl.load(addresses + tokens * ORDERS + pid)
     if tagged != 0:
         kind = (tagged & 1).to(tl.int32)
         source = tagged - kind
@@ -285,6 +289,7 @@ def gather(
             VALUES_2,
             VALUE_UNIT,
             VALUE_ALIGN,
+            KEPT,
         )
         scales = values
         if SCALES > 0:
@@ -298,6 +303,7 @@ def gather(
                 SCALES_2,
                 tl.uint8,
                 SCALE_ALIGN,
+                KEPT,
             )
         if DECODED:
             decoded = _decode(
@@ -355,7 +361,9 @@ class Launch:
         )
         self._compiled: dict[tuple[object, ...], Any] = {}
 
-    def __call__(self, addresses: torch.Tensor, out: torch.Tensor | None, stream: Any) -> None:
+    def __call__(
+        self, addresses: torch.Tensor, out: torch.Tensor | None, stream: Any, *, kept: bool = True
+    ) -> None:
         """As `Gather.__call__`, on a stream; the addresses where the device can read them."""
         tokens = addresses.shape[1]
         if not tokens:
@@ -369,12 +377,13 @@ class Launch:
             0 if out is None else out.stride(0),
             self._global_scale,
             *self._constants,
+            kept,
             out is not None,
         )
         grid = (tokens * self._orders, self._layers, 1)
         # What Triton compiles for besides the constants. Looking that up itself takes it longer
         # than a step of few tokens may.
-        key = (written.dtype, out is None, written.data_ptr() % 16, addresses.data_ptr() % 16)
+        key = (written.dtype, kept, written.data_ptr() % 16, addresses.data_ptr() % 16, out is None)
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = gather[grid](*arguments, num_warps=_WARPS)

@@ -37,7 +37,12 @@ class Gather:
             self._launch = Launch(plan, row_format, device)
 
     def __call__(
-        self, addresses: torch.Tensor, out: torch.Tensor | None, stream: Any = None
+        self,
+        addresses: torch.Tensor,
+        out: torch.Tensor | None,
+        stream: Any = None,
+        *,
+        kept: bool = True,
     ) -> None:
         """Queue it.
 
@@ -47,12 +52,14 @@ class Gather:
                 none; and where to keep it on the device, 0 to keep it not.
             out: floating `[layers, T, columns, dim]`; None only keeps.
             stream: of a CUDA device.
+            kept: whether any is to be kept.
         """
         if self._launch is not None:
             if addresses.shape[1] > _READ_OVER_BUS_TOKENS:
+                needed = addresses if kept else addresses[:1]
                 with torch.cuda.stream(stream):
-                    addresses = addresses.to(self._device, non_blocking=True)
-            self._launch(addresses, out, stream.cuda_stream)
+                    addresses = needed.to(self._device, non_blocking=True)
+            self._launch(addresses, out, stream.cuda_stream, kept=kept)
             return
         plan, form = self._plan, self._format
         shape = (plan.layers, addresses.shape[1], plan.columns)

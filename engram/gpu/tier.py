@@ -61,6 +61,13 @@ class _Launch:
     room: _Room
 
 
+class _Found(NamedTuple):
+    """Whether something of a step is in staging, and whether something is to be kept."""
+
+    staged: bool
+    kept: bool
+
+
 class GpuTier:
     """Embeddings of one table and selection on one device. Safe to use from several threads.
 
@@ -166,7 +173,7 @@ class GpuTier:
                 keep[at] = self._hbm.admit(left.take(come), prefetched=True)
                 # What is not kept is not read either.
                 sources[keep == 0] = 0
-                done = self._queue(room.tensor, None)
+                done = self._queue(room.tensor, None, kept=True)
             except BaseException:
                 in_place.epochs.leave(held)
                 raise
@@ -190,9 +197,9 @@ class GpuTier:
         held = in_place.epochs.enter()
         kept = self._hbm.enter() if self._hbm else 0
         try:
-            staged = self._find(windows, in_place, reach, room.array)
-            done = self._queue(room.tensor, out)
-            if staged:
+            found = self._find(windows, in_place, reach, room.array)
+            done = self._queue(room.tensor, out, kept=found.kept)
+            if found.staged:
                 self._staging.queued(done)
         except BaseException:
             in_place.epochs.leave(held)
@@ -211,11 +218,11 @@ class GpuTier:
             self._collecting = True
             threading.Thread(target=self._collect_later, name="engram-gpu", daemon=True).start()
 
-    def _queue(self, addresses: torch.Tensor, out: torch.Tensor | None) -> Any:
+    def _queue(self, addresses: torch.Tensor, out: torch.Tensor | None, *, kept: bool) -> Any:
         if not self._cuda:
             self._gather(addresses, out)
             return None
-        self._gather(addresses, out, self.stream)
+        self._gather(addresses, out, self.stream, kept=kept)
         done = self._events.pop() if self._events else cuda.Event()
         done.record(self.stream)
         return done
@@ -240,8 +247,8 @@ class GpuTier:
 
     def _find(
         self, windows: Int32s, in_place: InPlace, reach: Reach, addresses: np.ndarray
-    ) -> bool:
-        """Set sources and what to keep; whether something is in staging."""
+    ) -> _Found:
+        """Set sources and what to keep."""
         sources, keep = addresses
         hbm, wanted = self._hbm, len(windows) * self._orders_used
         absent, lacking = _sources.find_everywhere(
@@ -256,7 +263,7 @@ class GpuTier:
         )
         if not absent or (hbm is None and not lacking):
             self._counters.add(ngrams_on_device=wanted - absent, ngrams_in_place=absent)
-            return False
+            return _Found(staged=False, kept=False)
         if hbm is None:
             slots, absent = np.full(sources.shape, -1, np.int64), wanted
         else:
@@ -289,7 +296,7 @@ class GpuTier:
             ngrams_in_place=len(ngrams) - lacking,
             ngrams_staged=lacking,
         )
-        return bool(lacking)
+        return _Found(staged=lacking > 0, kept=bool(kept.any()))
 
     def _stage(self, ngrams: Ngrams, found: Int64s) -> None:
         """Fetch n-grams that `found` has no address of, and set it."""

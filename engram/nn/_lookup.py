@@ -204,7 +204,6 @@ class EngramLookup(nn.Module):
         batch = {"starts": starts, "history": history, "dead": dead}
         return read(self.table, tokens, batch, self.layers, self.columns, self.dtype, device)
 
-    @torch.compiler.disable
     def prepare(
         self,
         tokens: torch.Tensor,
