@@ -21,7 +21,7 @@ DIM, BLOCKS = 256, 8
 def _read_rows(values, scales, row_ids, out, DIM: tl.constexpr, BLOCKS: tl.constexpr):
     at = tl.program_id(0)
     row = tl.load(row_ids + at)
-    elements = _e4m3(tl.load(values + row * DIM + tl.arange(0, DIM)))
+    elements = _e4m3(tl.load(values + row * DIM + tl.arange(0, DIM)), True)
     scale = _ue8m0(tl.load(scales + row * BLOCKS + tl.arange(0, BLOCKS)))
     blocks = tl.reshape(elements, [BLOCKS, DIM // BLOCKS]) * scale[:, None]
     decoded = tl.reshape(blocks, [DIM]).to(out.dtype.element_ty)
