@@ -328,3 +328,28 @@ def test_a_captured_graph_reads_each_steps_embeddings(v41_table):
             assert torch.equal(replayed, eager)
             if seed % 100 == 0:
                 assert same(out, expected(table, ids, torch.bfloat16))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_launch_that_fails_leaves_no_promise(v41_table, device, monkeypatch):
+    """The directory must not speak of rows that were never put on the device."""
+    with engram.open(v41_table, ram="8MiB") as table:
+        lookup = EngramLookup(table, torch.float32, device=device, hbm="1MiB")
+        ids = random_ids(table, 40, 1)
+        lookup(torch.from_numpy(ids[:1]))
+        (tier,) = table.on_devices
+        gather = tier._gather
+        for turn in range(3):
+            with monkeypatch.context() as broken:
+                broken.setattr(tier, "_gather", no_room)
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    lookup(torch.from_numpy(ids[: 20 * (1 + turn % 2)]))
+            assert tier._gather is gather
+            found = all_layers(lookup(torch.from_numpy(ids)))
+            assert same(found, expected(table, ids, torch.float32))
+        assert tier.stats()["slots_used"] > 0
+        tier.check_integrity()
+
+
+def no_room(*args, **keywords):
+    raise RuntimeError("out of memory")

@@ -73,7 +73,7 @@ for top in ("proto", "store", "service"):
 assert importlib.util.find_spec("torch") is None
 count = 0
 for module in pkgutil.walk_packages(engram.__path__, "engram."):
-    if module.name.startswith(("engram.nn", "engram.gpu", "engram.integrations", "engram.__main__")):
+    if module.name.split(".")[1] in ("nn", "gpu", "integrations", "__main__"):
         continue
     importlib.import_module(module.name)
     count += 1

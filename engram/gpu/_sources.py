@@ -76,8 +76,8 @@ def find_everywhere(
         sources: int64 `[T, orders]`; 0 where there is none.
 
     Returns:
-        how many wanted n-grams are not on the device, and how many of them nowhere. Nothing is
-        counted and touched unless the device, or the arena where there is no device's, has all.
+        how many wanted n-grams are not on the device, and how many of them nowhere. If there are
+        such, nothing is counted: they are looked for again.
     """
     view = unpack_view(packed_view)
     there = device_view.size > 0
@@ -107,14 +107,14 @@ def find_everywhere(
                 fence_acquire()
                 if known and sequence & _U64(1) == 0 and load_relaxed(head) == sequence:
                     sources[token, o] = bundle_of(view, slot)
-                    if not there:
-                        touch(view, slot)
+                    touch(view, slot)
                     continue
             lacking += 1
-    if there and absent == 0:
-        count_reader(on_device, True, wanted, 0)
-    elif not there and lacking == 0:
-        count_reader(view, True, wanted, 0)
+    if lacking == 0:
+        if there:
+            count_reader(on_device, True, wanted - absent, absent)
+        if absent:
+            count_reader(view, True, absent, 0)
     return absent, lacking
 
 

@@ -54,10 +54,15 @@ class Hbm:
         self.slot_bytes = plan.slot_bytes
         require_free(self.capacity, device)
         self.memory = torch.empty(self.capacity, dtype=torch.uint8, device=device)
-        layout = ArenaLayout.with_slots(slots, keys.slot_bytes, keys.head_bytes)
-        self._cache = Cache([CachedTable(fingerprint, min_order, keys)], layout, shared=False)
-        self._epochs = Epochs(self._cache.own_readers[0], self._cache.directories[0])
+        self._layout = ArenaLayout.with_slots(slots, keys.slot_bytes, keys.head_bytes)
+        self._table = CachedTable(fingerprint, min_order, keys)
+        self._renew()
         self._first = self.memory.data_ptr() | PACKED
+
+    def _renew(self) -> None:
+        self._cache = Cache([self._table], self._layout, shared=False)
+        self._epochs = Epochs(self._cache.own_readers[0], self._cache.directories[0])
+        self._promised = False
 
     @property
     def view(self) -> Int64s:
@@ -98,15 +103,24 @@ class Hbm:
 
         Returns:
             int64 `[N]`, where to put each, 0 for those that are not kept. They must be put there
-            before anything that is queued later reads them.
+            before anything that is queued later reads them: say `came`, or `did_not_come`.
         """
-        cache = self._cache
+        cache, self._promised = self._cache, True
         cache.fill(0, ngrams, np.ones(len(ngrams), np.int64), prefetched=prefetched)
         slots = np.empty(len(ngrams), np.int64)
         _sources.find_slots(cache.views[0], ngrams.windows, ngrams.orders, slots)
         first = self._first - PACKED
         kept: Int64s = np.where(slots >= 0, first + slots * self.slot_bytes, 0)
         return kept
+
+    def came(self) -> None:
+        """What puts the admitted n-grams into their slots is queued."""
+        self._promised = False
+
+    def did_not_come(self) -> None:
+        """Forget everything if the directory speaks of bytes that were never put there."""
+        if self._promised:
+            self._renew()
 
     def present(self, ngrams: Ngrams) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """bool `[N]`: which n-grams are here."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,13 +25,13 @@ import numpy as np
 import torch
 
 from engram._counters import Counters
-from engram._ngrams import number_ngrams
-from engram.errors import StoreError
+from engram._ngrams import distinct_ngrams, number_ngrams
+from engram.errors import EngramError, StoreError
 from engram.gpu import _sources
 from engram.gpu.gather import Gather
 from engram.gpu.hbm import Hbm
 from engram.gpu.plan import Plan
-from engram.gpu.prefetch import Prefetcher
+from engram.gpu.prefetch import CHUNK_NGRAMS, Prefetcher
 from engram.gpu.reach import Reach, Staging, reach_of
 from engram.ram import _deliver
 from engram.ram.bundle_tier import BundleTier, InPlace
@@ -42,6 +43,8 @@ BLOCK_TOKENS = 8192
 _COLLECT_S = 0.01
 _NO_VIEW = np.empty(0, np.int64)
 _SPARE_MAX = 8
+_STEPS_TO_KEEP = 16
+"""Whose n-grams wait to be kept; what is older comes again, or not."""
 
 
 class _Room(NamedTuple):
@@ -112,7 +115,8 @@ class GpuTier:
             "steps", "ngrams_on_device", "ngrams_in_place", "ngrams_staged", "prefetched_late"
         )
         self._closed = False
-        self._prefetcher = Prefetcher(self._keep)
+        self._prefetcher = Prefetcher(self._keep_prefetched)
+        self._to_keep: deque[Int32s] = deque(maxlen=_STEPS_TO_KEEP)
         self._in_place = tier.in_place()
         self._reach = reach_of(self._in_place, device)
 
@@ -139,6 +143,8 @@ class GpuTier:
                 part = out if len(block) == tokens else out[:, first : first + len(block)]
                 done = self._launch(block, part)
         self._counters.add(steps=1)
+        if not self._cuda:
+            self._keep_steps()
         return done
 
     def prefetch(self, ngrams: Ngrams) -> Prefetch:
@@ -146,38 +152,54 @@ class GpuTier:
         below = self.tier.prefetch(ngrams)
         if self._hbm is None or not self.tier.in_place().slabs:
             return below
-        lacking = np.flatnonzero(~self._hbm.present(ngrams))
-        return self._prefetcher.start(ngrams.take(lacking), below)
+        mine = ngrams.take(np.flatnonzero(self._every[ngrams.orders - self.selection.min_order]))
+        lacking = np.flatnonzero(~self._hbm.present(mine))
+        return self._prefetcher.start(mine.take(lacking), below)
 
-    def _keep(self, ngrams: Ngrams) -> Ngrams:
+    def _keep_prefetched(self, ngrams: Ngrams) -> Ngrams:
         """Copy what is in the arena to the device; returns the others."""
         assert self._hbm is not None
         with self._lock:
-            self._collect()
-            there = self._hbm.present(ngrams)
-            self._counters.add(prefetched_late=int(there.sum()))
-            left = ngrams.take(np.flatnonzero(~there))
-            in_place, reach = self._arena()
-            held = in_place.epochs.enter()
-            found = np.empty(len(left), np.int64)
-            try:
-                _sources.find_in_place(
-                    in_place.view, reach.reachable, left.windows, left.orders, found
-                )
-                come = np.flatnonzero(found)
-                room = self._room(len(come))
-                sources, keep = room.array
-                sources[:] = 0
-                at = (np.arange(len(come)), left.orders[come] - self.selection.min_order)
-                sources[at] = found[come]
-                keep[at] = self._hbm.admit(left.take(come), prefetched=True)
-                # What is not kept is not read either.
-                sources[keep == 0] = 0
-                done = self._queue(room.tensor, None, kept=True)
-            except BaseException:
-                in_place.epochs.leave(held)
-                raise
-            self._queued(_Launch(done, in_place, held, room))
+            self._counters.add(prefetched_late=int(self._hbm.present(ngrams).sum()))
+            return self._keep(ngrams, prefetched=True)
+
+    def _keep_steps(self) -> None:
+        """Copy n-grams of past steps that were read from the arena."""
+        while self._to_keep:
+            ngrams, _, _ = distinct_ngrams(
+                self._to_keep.popleft(), self.selection.min_order, self.selection
+            )
+            for first in range(0, len(ngrams), CHUNK_NGRAMS):
+                # A part at a time, because steps wait for the lock.
+                some = ngrams.take(slice(first, first + CHUNK_NGRAMS))
+                with self._lock, suppress(EngramError):
+                    self._keep(some, prefetched=False)
+
+    def _keep(self, ngrams: Ngrams, *, prefetched: bool) -> Ngrams:
+        assert self._hbm is not None
+        self._collect()
+        left = ngrams.take(np.flatnonzero(~self._hbm.present(ngrams)))
+        in_place, reach = self._arena()
+        held = in_place.epochs.enter()
+        found = np.empty(len(left), np.int64)
+        try:
+            _sources.find_in_place(in_place.view, reach.reachable, left.windows, left.orders, found)
+            come = np.flatnonzero(found)
+            room = self._room(len(come))
+            sources, keep = room.array
+            sources[:] = 0
+            at = (np.arange(len(come)), left.orders[come] - self.selection.min_order)
+            sources[at] = found[come]
+            keep[at] = self._hbm.admit(left.take(come), prefetched=prefetched)
+            # What is not kept is not read either.
+            sources[keep == 0] = 0
+            done = self._queue(room.tensor, None, kept=True)
+        except BaseException:
+            in_place.epochs.leave(held)
+            self._hbm.did_not_come()
+            raise
+        self._hbm.came()
+        self._queued(_Launch(done, in_place, held, room))
         return left.take(np.flatnonzero(found == 0))
 
     def require_protection(self) -> None:
@@ -203,10 +225,12 @@ class GpuTier:
                 self._staging.queued(done)
         except BaseException:
             in_place.epochs.leave(held)
-            raise
-        finally:
             if self._hbm:
-                self._hbm.leave(kept)
+                self._hbm.did_not_come()
+            raise
+        if self._hbm:
+            self._hbm.leave(kept)
+            self._hbm.came()
         self._queued(_Launch(done, in_place, held, room))
         return done
 
@@ -261,7 +285,10 @@ class GpuTier:
             self._every,
             sources,
         )
-        if not absent or (hbm is None and not lacking):
+        if not lacking:
+            if absent and hbm is not None:
+                # What is in the arena comes to the device behind this step, not before it.
+                self._to_keep.append(windows)
             self._counters.add(ngrams_on_device=wanted - absent, ngrams_in_place=absent)
             return _Found(staged=False, kept=False)
         if hbm is None:
@@ -289,6 +316,8 @@ class GpuTier:
         )
         if lacking:
             self._stage(ngrams, found)
+        if not found.all():
+            raise StoreError(f"{self.tier.name}: an n-gram was neither found nor reported failed")
         kept = hbm.admit(ngrams) if hbm else np.zeros(len(ngrams), np.int64)
         _sources.spread(missed, number, firsts, found, kept, sources.reshape(-1), keep.reshape(-1))
         self._counters.add(
@@ -332,12 +361,14 @@ class GpuTier:
                 spare.append(launch.room)
 
     def _collect_later(self) -> None:
-        """A thread's: an idle reader must not hold slots that others wait for."""
+        """A thread's: an idle reader must not hold slots that others wait for, and what steps read
+        from the arena is to be kept."""
         while True:
             time.sleep(_COLLECT_S)
+            self._keep_steps()
             with self._lock:
                 self._collect()
-                if not self._launches:
+                if not self._launches and not self._to_keep:
                     self._collecting = False
                     return
 
@@ -361,6 +392,7 @@ class GpuTier:
         with self._lock:
             self._closed = True
             self._prefetcher.close()
+            self._to_keep.clear()
             if self._cuda:
                 self.stream.synchronize()
             self._collect()
