@@ -188,9 +188,11 @@ class Table:
 
     def close(self) -> None:
         """Free files, maps and connections; safe to call twice."""
-        for each in self.on_devices:
-            each.close()
-        self._tier.close()
+        try:
+            for each in self.on_devices:
+                each.close()
+        finally:
+            self._tier.close()
 
     def _selection(self, layers: Sequence[int] | None, columns: Sequence[int] | None) -> Selection:
         if layers is None and columns is None:

@@ -87,7 +87,7 @@ def check(name, geometry, dtype, device):
         else:
             from engram.gpu._triton import Launch
 
-            stream = torch.cuda.current_stream().cuda_stream if where.type == "cuda" else None
+            stream = torch.cuda.current_stream() if where.type == "cuda" else None
             launch = Launch(plan, row_format, where)
             for _ in range(1 if stream is None else 2):  # compiled, and then as it was compiled
                 launch(addresses.to(where), out, stream)

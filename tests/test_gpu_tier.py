@@ -5,29 +5,24 @@ On the CPU the same code runs with the host's gather, so all but the kernel is t
 """
 
 import threading
-import time
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
 from conftest import build_synthetic, small_qwen
+from devices import DEVICES, all_layers, expected, random_ids, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engram
-from engram.demo.sidecar import sidecar
-from engram.errors import ConfigError, SelectionError, StoreError
-from engram.nn import EngramEmbedding, EngramLookup, dequantize
+from engram.errors import (
+    ConfigError,
+    SelectionError,
+    StoreError,
+)
+from engram.nn import EngramEmbedding, EngramLookup
 from engram.rows import ROW_FORMATS, RowFormat
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ),
-]
 CAPACITIES = {"cpu": ["1MiB", "64KiB", "100KiB"], "cuda": [0, "1MiB", "64KiB"]}
 """None on the device (CUDA only: on a CPU that asks for no tier), all of it, and a few slots."""
 CASES = [
@@ -35,33 +30,6 @@ CASES = [
     for device, marks in (("cpu", ()), ("cuda", DEVICES[1].marks))
     for capacity in CAPACITIES[device]
 ]
-
-
-def expected(table, tokens, dtype, layers=None, columns=None, **batch):
-    """float `[layers, *tokens.shape, columns * dim]`, by the host's own path."""
-    rows = table.lookup(tokens, layers=layers, columns=columns, **batch)
-    scales = None if rows.scales is None else torch.from_numpy(rows.scales)
-    decoded = dequantize(torch.from_numpy(rows.values), scales, table.row_format, dtype)
-    return decoded.movedim(-3, 0).flatten(-2)
-
-
-def same(found, wanted):
-    """Bit for bit; NaN is NaN, because devices make it differently."""
-    found, nan = found.cpu(), wanted.isnan()
-    bits = torch.int32 if wanted.element_size() == 4 else torch.int16
-    return (
-        found.dtype == wanted.dtype
-        and torch.equal(found.isnan(), nan)
-        and torch.equal(found.masked_fill(nan, 0).view(bits), wanted.masked_fill(nan, 0).view(bits))
-    )
-
-
-def all_layers(rows):
-    return torch.stack([rows[layer] for layer in rows.layers])
-
-
-def random_ids(table, shape, seed):
-    return np.random.default_rng(seed).integers(0, table.spec.vocab_size, shape).astype(np.int32)
 
 
 @pytest.fixture(scope="module", params=ROW_FORMATS)
@@ -246,70 +214,6 @@ def test_more_than_the_device_has(v41_table):
             lookup(torch.zeros(1, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_an_arena_that_others_churn(v41_table, device, tmp_path):
-    """Slots are reused all the time, and none while a step that was queued still reads it."""
-    with (
-        sidecar(tmp_path / "s.sock", {"v41": v41_table}, "300KiB") as target,
-        engram.connect(target) as table,
-        engram.connect(target) as other,
-        engram.open(v41_table, ram="8MiB") as truth,
-    ):
-        lookup = EngramLookup(table, torch.float32, device=device, hbm="100KiB")
-        ending = threading.Event()
-
-        def churn():
-            seed = 1000
-            while not ending.is_set():
-                seed += 1
-                other.lookup(random_ids(other, 40, seed))
-
-        thread = threading.Thread(target=churn)
-        thread.start()
-        try:
-            for turn in range(100):
-                ids = random_ids(table, 40, turn % 7)
-                found = all_layers(lookup(torch.from_numpy(ids)))
-                assert same(found, expected(truth, ids, torch.float32))
-        finally:
-            ending.set()
-            thread.join()
-        (tier,) = table.on_devices
-        counted = tier.stats()
-        assert counted["ngrams_staged"] > 0
-        assert counted["ngrams_on_device"] > 0
-        tier.check_integrity()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_sidecar_that_dies_and_comes_back(v41_table, device, tmp_path):
-    """Steps go on, from the dead one's arena and its file, and then from the new one's arena."""
-    path = tmp_path / "s.sock"
-    with engram.open(v41_table, ram="8MiB") as truth:
-
-        def check(table, lookup, seed):
-            ids = random_ids(table, 30, seed)
-            assert same(
-                all_layers(lookup(torch.from_numpy(ids))), expected(truth, ids, lookup.dtype)
-            )
-
-        with ExitStack() as connected:
-            with sidecar(path, {"v41": v41_table}, "4MiB") as target:
-                table = connected.enter_context(engram.connect(target))
-                lookup = EngramLookup(table, torch.float32, device=device, hbm="64KiB")
-                check(table, lookup, 1)
-                first = table.on_devices[0]._in_place
-            for seed in range(3):
-                check(table, lookup, seed)
-            with sidecar(path, {"v41": v41_table}, "4MiB"):
-                for seed in range(200):
-                    check(table, lookup, seed % 5)
-                    if table.on_devices[0]._in_place is not first:
-                        break
-                    time.sleep(0.05)
-                assert table.on_devices[0]._in_place is not first
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_captured_graph_reads_each_steps_embeddings(v41_table):
     with engram.open(v41_table, ram="2MiB") as table:
@@ -328,28 +232,3 @@ def test_a_captured_graph_reads_each_steps_embeddings(v41_table):
             assert torch.equal(replayed, eager)
             if seed % 100 == 0:
                 assert same(out, expected(table, ids, torch.bfloat16))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_launch_that_fails_leaves_no_promise(v41_table, device, monkeypatch):
-    """The directory must not speak of rows that were never put on the device."""
-    with engram.open(v41_table, ram="8MiB") as table:
-        lookup = EngramLookup(table, torch.float32, device=device, hbm="1MiB")
-        ids = random_ids(table, 40, 1)
-        lookup(torch.from_numpy(ids[:1]))
-        (tier,) = table.on_devices
-        gather = tier._gather
-        for turn in range(3):
-            with monkeypatch.context() as broken:
-                broken.setattr(tier, "_gather", no_room)
-                with pytest.raises(RuntimeError, match="out of memory"):
-                    lookup(torch.from_numpy(ids[: 20 * (1 + turn % 2)]))
-            assert tier._gather is gather
-            found = all_layers(lookup(torch.from_numpy(ids)))
-            assert same(found, expected(table, ids, torch.float32))
-        assert tier.stats()["slots_used"] > 0
-        tier.check_integrity()
-
-
-def no_room(*args, **keywords):
-    raise RuntimeError("out of memory")

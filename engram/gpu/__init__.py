@@ -2,6 +2,7 @@
 
     plan.py        where rows lie in a bundle and in the output, worked out once per selection
     tier.py        `GpuTier`: one step, from windows to embeddings on the device
+    launches.py    what launches hold until they have ended
     hbm.py         n-grams kept on the device; which ones, the host knows
     reach.py       host memory that the device can read in place, and staging for misses
     _sources.py    compiled: an address for every n-gram of a step

@@ -337,6 +337,7 @@ class Launch:
             "book": np.array(NF4, np.float32),
         }
         self._arrays = tuple(torch.from_numpy(a).to(device) for a in on_device.values())
+        self._device = device
         self._orders, self._layers = plan.orders, plan.layers
         self._global_scale = float(np.float32(row_format.global_scale or 1.0))
         self._constants = (
@@ -385,7 +386,10 @@ class Launch:
         # than a step of few tokens may.
         key = (written.dtype, kept, written.data_ptr() % 16, addresses.data_ptr() % 16, out is None)
         compiled = self._compiled.get(key)
-        if compiled is None:
-            self._compiled[key] = gather[grid](*arguments, num_warps=_WARPS)
+        if stream is None:  # the interpreter
+            gather[grid](*arguments, num_warps=_WARPS)
+        elif compiled is None or torch.cuda.current_device() != self._device.index:
+            with torch.cuda.stream(stream):  # and on its device, which Triton takes for granted
+                self._compiled[key] = gather[grid](*arguments, num_warps=_WARPS)
         else:
-            compiled[grid](*arguments, stream=stream)
+            compiled[grid](*arguments, stream=stream.cuda_stream)

@@ -59,13 +59,14 @@ class Gather:
                 needed = addresses if kept else addresses[:1]
                 with torch.cuda.stream(stream):
                     addresses = needed.to(self._device, non_blocking=True)
-            self._launch(addresses, out, stream.cuda_stream, kept=kept)
+            self._launch(addresses, out, stream, kept=kept)
             return
         plan, form = self._plan, self._format
         shape = (plan.layers, addresses.shape[1], plan.columns)
         values = np.empty((*shape, form.value_bytes), np.uint8)
         scales = np.empty((*shape, form.scale_bytes), np.uint8)
         sources, keep = addresses.numpy()
+        keep = keep if kept else np.zeros_like(sources)
         _sources.gather_rows(
             sources,
             keep,

@@ -50,6 +50,11 @@ class Hbm:
     ) -> None:
         keys = replace(bundle, layers=0)
         slots = capacity // plan.slot_bytes
+        if not slots:
+            raise ConfigError(
+                f"hbm: {format_size(capacity)} is less than one n-gram's {plan.slot_bytes} bytes; "
+                "give more, or 0 for none"
+            )
         self.capacity = slots * plan.slot_bytes
         self.slot_bytes = plan.slot_bytes
         require_free(self.capacity, device)
@@ -120,7 +125,11 @@ class Hbm:
     def did_not_come(self) -> None:
         """Forget everything if the directory speaks of bytes that were never put there."""
         if self._promised:
-            self._renew()
+            self.forget()
+
+    def forget(self) -> None:
+        """Nothing that is on the device is to be believed any more."""
+        self._renew()
 
     def present(self, ngrams: Ngrams) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """bool `[N]`: which n-grams are here."""

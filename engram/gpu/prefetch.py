@@ -6,15 +6,16 @@ copy them on, on the same stream as the steps', so that a step waits for at most
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from engram.errors import EngramError
 from engram.tiers import Ngrams, Prefetch
 
+_log = logging.getLogger("engram.gpu")
 CHUNK_NGRAMS = 256
 """Of one launch: a megabyte or so, some 20 us over PCIe."""
 _POLL_S = 0.0005
@@ -52,19 +53,25 @@ class Prefetcher:
         """Bring `ngrams` to the device once they arrive; returns at once."""
         handle = DevicePrefetch(below)
         with self._lock:
-            self._due.put((ngrams, handle))
+            if not self._open:
+                thread = threading.Thread(target=self._run, name="engram-gpu-fill", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no thread can be started now; the RAM tier goes on
+                    return handle
             self._open += 1
-            if self._open == 1:
-                threading.Thread(target=self._run, name="engram-gpu-fill", daemon=True).start()
+            self._due.put((ngrams, handle))
         return handle
 
     def _run(self) -> None:
         while True:
             ngrams, handle = self._due.get()
             try:
-                # Who looks up what did not come is told why.
-                with suppress(EngramError):
-                    self._bring(ngrams, handle)
+                self._bring(ngrams, handle)
+            except EngramError:
+                pass  # who looks up what did not come is told why
+            except Exception:
+                _log.exception("n-grams could not be brought to the device")
             finally:
                 with self._lock:
                     self._open -= 1

@@ -9,6 +9,7 @@ other flags are refused for such a map.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from contextlib import suppress
@@ -51,7 +52,8 @@ class Reach:
         self._device = device
         self._closing = threading.Event()
         self._settled = threading.Event()
-        self._lock = threading.Lock()
+        # Taken again if the garbage collector ends this one meanwhile.
+        self._lock = threading.RLock()
         self._registered: list[Memory] = []
         self.reachable: _Flags = np.zeros(max(1, len(self._slabs)), np.uint8)
         self.failure: ConfigError | None = None
@@ -99,19 +101,27 @@ class Reach:
             _cudart().cudaHostUnregister(slab.address)
 
 
-_reaches: weakref.WeakKeyDictionary[InPlace, Reach] = weakref.WeakKeyDictionary()
+_reaches: weakref.WeakKeyDictionary[InPlace, dict[str, Reach]] = weakref.WeakKeyDictionary()
 _finding = threading.Lock()
 
 
 def reach_of(in_place: InPlace, device: torch.device) -> Reach:
-    """The one of an arena, which all devices of this process share: CUDA registers memory once,
-    for all of them. It ends with `in_place`."""
+    """The one of an arena, which all devices of a kind share: CUDA registers memory once, for all
+    of its. It ends with `in_place`."""
     with _finding:
-        reach = _reaches.get(in_place)
-        if reach is None:
-            reach = _reaches[in_place] = Reach(in_place, device)
+        kinds = _reaches.setdefault(in_place, {})
+        if device.type not in kinds:
+            reach = kinds[device.type] = Reach(in_place, device)
             weakref.finalize(in_place, reach.close).atexit = False
-        return reach
+        return kinds[device.type]
+
+
+def _renew_lock() -> None:
+    global _finding  # noqa: PLW0603 - a thread that the child lacks may have held it
+    _finding = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def register(address: int, size: int, device: torch.device) -> None:

@@ -14,11 +14,13 @@ launch overwrites or reads is safe because of who holds what until when:
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +32,7 @@ from engram.errors import EngramError, StoreError
 from engram.gpu import _sources
 from engram.gpu.gather import Gather
 from engram.gpu.hbm import Hbm
+from engram.gpu.launches import Launch, Launches
 from engram.gpu.plan import Plan
 from engram.gpu.prefetch import CHUNK_NGRAMS, Prefetcher
 from engram.gpu.reach import Reach, Staging, reach_of
@@ -42,26 +45,8 @@ BLOCK_TOKENS = 8192
 """Tokens of one launch, at most: what bounds staging."""
 _COLLECT_S = 0.01
 _NO_VIEW = np.empty(0, np.int64)
-_SPARE_MAX = 8
 _STEPS_TO_KEEP = 16
 """Whose n-grams wait to be kept; what is older comes again, or not."""
-
-
-class _Room(NamedTuple):
-    """int64 `[2, T, orders]` on the host: sources, and where to keep what."""
-
-    tensor: torch.Tensor
-    array: Int64s
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """A launch that may not have ended."""
-
-    done: Any
-    in_place: InPlace
-    epoch: int
-    room: _Room
 
 
 class _Found(NamedTuple):
@@ -101,26 +86,25 @@ class GpuTier:
         self.stream: Any = cuda.Stream(device, priority=-1) if self._cuda else None
         self._staging = Staging(device)
         self._hbm: Hbm | None = None
-        if capacity >= self.plan.slot_bytes:
-            self._hbm = Hbm(
-                tier.bundle, tier.fingerprint, selection.min_order, self.plan, capacity, device
-            )
+        if capacity:
+            with torch.cuda.stream(self.stream):  # whose memory it is; nothing on a CPU
+                self._hbm = Hbm(
+                    tier.bundle, tier.fingerprint, selection.min_order, self.plan, capacity, device
+                )
         self._lock = threading.Lock()
-        self._launches: deque[_Launch] = deque()
-        self._spare: dict[int, list[_Room]] = {}
-        self._events: list[Any] = []
-        self._collecting = False
-        self._lost: Exception | None = None
+        self._launches = Launches(device, self.plan.orders)
+        self._collecting = self._forked = False
         self._counters = Counters(
             "steps", "ngrams_on_device", "ngrams_in_place", "ngrams_staged", "prefetched_late"
         )
         self._closed = False
         self._prefetcher = Prefetcher(self._keep_prefetched)
         self._to_keep: deque[Int32s] = deque(maxlen=_STEPS_TO_KEEP)
-        self._in_place = tier.in_place()
-        self._reach = reach_of(self._in_place, device)
+        self._in_place: InPlace | None = tier.in_place()
+        self._reach: Reach | None = reach_of(self._in_place, device)
+        _ALL.add(self)
 
-    def embed(self, windows: Int32s, out: torch.Tensor) -> Any:
+    def embed(self, windows: Int32s, out: torch.Tensor) -> list[Launch]:
         """Queue the embeddings of all tokens on `stream`.
 
         Args:
@@ -129,23 +113,35 @@ class GpuTier:
                 what is queued on other streams.
 
         Returns:
-            an event to wait for before reading `out`; None where it is ready.
+            the launches that fill `out`: wait for the event of the last one, and `check` them.
 
-        Raises: as `Tier.read`, and UnavailableError if what an earlier step read may have changed
-            meanwhile. Nothing may be read from `out` then.
+        Raises: as `Tier.read`. Nothing may be read from `out` then.
         """
         tokens = len(windows)
-        done = None
+        launches = []
         with self._lock:
             self._collect()
             for first in range(0, tokens, BLOCK_TOKENS):
                 block = windows[first : first + BLOCK_TOKENS]
                 part = out if len(block) == tokens else out[:, first : first + len(block)]
-                done = self._launch(block, part)
+                launches.append(self._launch(block, part))
         self._counters.add(steps=1)
         if not self._cuda:
             self._keep_steps()
-        return done
+        return launches
+
+    def check(self, launches: Sequence[Launch]) -> None:
+        """Make sure that all that launches read had kept its bytes, until now.
+
+        Raises:
+            UnavailableError: a sidecar that may be alive has ended the lease; from then on for
+                ever.
+        """
+        with self._lock:
+            self._distrust(self._launches.examine())
+        for launch in launches:
+            if launch.lost is not None:
+                raise launch.lost
 
     def prefetch(self, ngrams: Ngrams) -> Prefetch:
         """Bring n-grams to the device, as far as there is room for them; returns at once."""
@@ -185,9 +181,12 @@ class GpuTier:
         try:
             _sources.find_in_place(in_place.view, reach.reachable, left.windows, left.orders, found)
             come = np.flatnonzero(found)
-            room = self._room(len(come))
+            if not len(come):
+                in_place.epochs.leave(held)
+                return left
+            room = self._launches.room(len(come))
+            room.array[:] = 0
             sources, keep = room.array
-            sources[:] = 0
             at = (np.arange(len(come)), left.orders[come] - self.selection.min_order)
             sources[at] = found[come]
             keep[at] = self._hbm.admit(left.take(come), prefetched=prefetched)
@@ -195,27 +194,15 @@ class GpuTier:
             sources[keep == 0] = 0
             done = self._queue(room.tensor, None, kept=True)
         except BaseException:
-            in_place.epochs.leave(held)
-            self._hbm.did_not_come()
+            self._failed(in_place, held)
             raise
         self._hbm.came()
-        self._queued(_Launch(done, in_place, held, room))
+        self._queued(Launch(done, in_place, held, room))
         return left.take(np.flatnonzero(found == 0))
 
-    def require_protection(self) -> None:
-        """Make sure that what was read in place has kept its bytes until now.
-
-        Raises:
-            UnavailableError: a sidecar that may be alive has ended the lease.
-        """
-        lost, self._lost = self._lost, None
-        if lost is not None:
-            raise lost
-        self._in_place.require_protection()
-
-    def _launch(self, windows: Int32s, out: torch.Tensor) -> Any:
+    def _launch(self, windows: Int32s, out: torch.Tensor) -> Launch:
         in_place, reach = self._arena()
-        room = self._room(len(windows))
+        room = self._launches.room(len(windows))
         held = in_place.epochs.enter()
         kept = self._hbm.enter() if self._hbm else 0
         try:
@@ -224,50 +211,60 @@ class GpuTier:
             if found.staged:
                 self._staging.queued(done)
         except BaseException:
-            in_place.epochs.leave(held)
-            if self._hbm:
-                self._hbm.did_not_come()
+            self._failed(in_place, held)
             raise
         if self._hbm:
             self._hbm.leave(kept)
             self._hbm.came()
-        self._queued(_Launch(done, in_place, held, room))
-        return done
+        return self._queued(Launch(done, in_place, held, room))
 
-    def _queued(self, launch: _Launch) -> None:
-        self._launches.append(launch)
+    def _failed(self, in_place: InPlace, held: int) -> None:
+        """Leave nothing of a launch that failed, at whatever point."""
+        if self._cuda:
+            self.stream.synchronize()  # it may have been queued all the same
+        in_place.epochs.leave(held)
+        if self._hbm:
+            self._hbm.did_not_come()
+
+    def _queued(self, launch: Launch) -> Launch:
+        self._launches.add(launch)
         if launch.done is None:
             self._collect()
         elif not self._collecting:
-            self._collecting = True
-            threading.Thread(target=self._collect_later, name="engram-gpu", daemon=True).start()
+            thread = threading.Thread(target=self._collect_later, name="engram-gpu", daemon=True)
+            with suppress(RuntimeError):  # no thread can be started now: the next step collects
+                thread.start()
+                self._collecting = True
+        return launch
+
+    def _distrust(self, whole: bool) -> None:
+        """Forget what is on the device if launches may have put anything there."""
+        if not whole and self._hbm is not None:
+            self._hbm.forget()
+
+    def _collect(self) -> None:
+        self._distrust(self._launches.collect())
 
     def _queue(self, addresses: torch.Tensor, out: torch.Tensor | None, *, kept: bool) -> Any:
         if not self._cuda:
-            self._gather(addresses, out)
+            self._gather(addresses, out, kept=kept)
             return None
         self._gather(addresses, out, self.stream, kept=kept)
-        done = self._events.pop() if self._events else cuda.Event()
-        done.record(self.stream)
-        return done
+        return self._launches.event(self.stream)
 
     def _arena(self) -> tuple[InPlace, Reach]:
         """The arena in use; a sidecar that was restarted has another."""
+        if self._forked:
+            raise StoreError(
+                f"{self.tier.name}: the GPU tier belongs to the process that this one was forked "
+                "from; open the table in this process"
+            )
+        in_place = self.tier.in_place()
         if self._closed:
             raise StoreError(f"{self.tier.name}: the GPU tier is closed")
-        in_place = self.tier.in_place()
-        if in_place is not self._in_place:
+        if in_place is not self._in_place or self._reach is None:
             self._in_place, self._reach = in_place, reach_of(in_place, self.device)
-        return self._in_place, self._reach
-
-    def _room(self, tokens: int) -> _Room:
-        """Its second half is zeros."""
-        spare = self._spare.get(tokens)
-        if spare:
-            return spare.pop()
-        shape = (2, tokens, self.plan.orders)
-        tensor = torch.zeros(shape, dtype=torch.int64, pin_memory=self._cuda)
-        return _Room(tensor, tensor.numpy())
+        return in_place, self._reach
 
     def _find(
         self, windows: Int32s, in_place: InPlace, reach: Reach, addresses: np.ndarray
@@ -295,6 +292,7 @@ class GpuTier:
             slots, absent = np.full(sources.shape, -1, np.int64), wanted
         else:
             slots, absent = hbm.find(windows, self._every, sources)
+        keep[:] = 0
         missed = np.empty(absent, np.int64)
         listed = Ngrams(
             np.full((absent, windows.shape[1]), -1, np.int32), np.empty(absent, np.int32)
@@ -340,37 +338,21 @@ class GpuTier:
 
         self.tier.fetch_all(ngrams.take(rest), self.selection, deliver)
 
-    def _collect(self) -> None:
-        """Let go of what launches that have ended held."""
-        while self._launches:
-            launch = self._launches[0]
-            if launch.done is not None and not launch.done.query():
-                return
-            self._launches.popleft()
-            try:
-                launch.in_place.require_protection()
-            except Exception as error:
-                self._lost = error
-            launch.in_place.epochs.leave(launch.epoch)
-            if launch.done is not None:
-                # Who still waits for it waits for what comes later on the same stream.
-                self._events.append(launch.done)
-            spare = self._spare.setdefault(launch.room.array.shape[1], [])
-            if len(spare) < _SPARE_MAX:
-                launch.room.array[1] = 0
-                spare.append(launch.room)
-
     def _collect_later(self) -> None:
         """A thread's: an idle reader must not hold slots that others wait for, and what steps read
         from the arena is to be kept."""
-        while True:
-            time.sleep(_COLLECT_S)
-            self._keep_steps()
-            with self._lock:
-                self._collect()
-                if not self._launches and not self._to_keep:
-                    self._collecting = False
-                    return
+        try:
+            while True:
+                time.sleep(_COLLECT_S)
+                self._keep_steps()
+                with self._lock:
+                    self._collect()
+                    if not self._launches and not self._to_keep:
+                        self._collecting = False
+                        return
+        except BaseException:
+            self._collecting = False  # the next step starts another
+            raise
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, by name; plain ints and strings."""
@@ -380,7 +362,7 @@ class GpuTier:
             **kept,
             **self._counters.read(),
             "staging_bytes": self._staging.bytes,
-            "registered_bytes": self._reach.registered_bytes,
+            "registered_bytes": self._reach.registered_bytes if self._reach else 0,
         }
 
     def check_integrity(self) -> None:
@@ -389,6 +371,8 @@ class GpuTier:
 
     def close(self) -> None:
         """Wait for what is queued and free everything; safe to call twice."""
+        if self._forked:
+            return
         with self._lock:
             self._closed = True
             self._prefetcher.close()
@@ -396,5 +380,20 @@ class GpuTier:
             if self._cuda:
                 self.stream.synchronize()
             self._collect()
+            self._launches.clear()
+            self._in_place = self._reach = None
+            self._staging = Staging(self.device)
             if self._hbm is not None:
                 self._hbm.close()
+
+
+_ALL: weakref.WeakSet[GpuTier] = weakref.WeakSet()
+
+
+def _disown() -> None:
+    # A child has neither the device's streams nor the threads; and any lock may be held.
+    for tier in _ALL:
+        tier._forked, tier._lock = True, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_disown)

@@ -168,7 +168,9 @@ class SharedLookup:
         device = request.ids.device
         columns = self.table.columns
         selection = Selection.of(self.table.spec, layers)
-        tier = gpu_tier(self.table, selection, device, self._hbm)
+        # A layer that reads by itself does so rarely: no device memory for that.
+        hbm = self._hbm if layers == self.layers else 0
+        tier = gpu_tier(self.table, selection, device, hbm)
         if tier is not None:
             given = self.table.spec.batch(request.tokens, history=history)
             return prepare(tier, given.windows, given.shape, layers, torch.float32, None)

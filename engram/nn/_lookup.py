@@ -239,6 +239,8 @@ class EngramLookup(nn.Module):
         return self._prepare(tier, tokens, starts, history, dead, out, after)
 
     def _tier_on(self, device: torch.device) -> GpuTier | None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         found = self._ref.tiers.get(device)
         if found is None:
             found = gpu_tier(self.table, self._selection, device, self.hbm)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engram.errors import ConfigError, SelectionError
+from engram.gpu.launches import Launch
 from engram.gpu.tier import GpuTier
 from engram.ram.bundle_tier import BundleTier
 from engram.tiers import Int32s, Selection
@@ -57,6 +60,14 @@ def gpu_tier(
         return tier
 
 
+def _renew_lock() -> None:
+    global _finding  # noqa: PLW0603 - a thread that the child lacks may have held it
+    _finding = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 class Prepared:
     """The embeddings of one step, on their way: `wait` at the layer that needs them first.
 
@@ -69,15 +80,16 @@ class Prepared:
         tier: GpuTier,
         layers: tuple[int, ...],
         out: torch.Tensor,
-        done: Any,
+        launches: Sequence[Launch],
         *,
         owned: bool,
     ) -> None:
         self.layers = layers
         self._tier = tier
         self._out = out
-        self._done = done
+        self._launches = launches
         self._owned = owned
+        self._waited: set[int] = set()
 
     def wait(self) -> Prepared:
         """Let the current stream go on only once the embeddings are there; the host goes on.
@@ -87,13 +99,14 @@ class Prepared:
         Raises:
             UnavailableError: the sidecar ended the lease, so rows may be wrong; prepare again.
         """
-        if self._done is not None:
+        if self._launches and self._launches[-1].done is not None:
             stream = torch.cuda.current_stream(self._tier.device)
-            stream.wait_event(self._done)
-            if self._owned:
-                self._out.record_stream(stream)
-            self._done = None
-        self._tier.require_protection()
+            if stream.cuda_stream not in self._waited:
+                stream.wait_event(self._launches[-1].done)
+                if self._owned:
+                    self._out.record_stream(stream)
+                self._waited.add(stream.cuda_stream)
+        self._tier.check(self._launches)
         return self
 
     def __getitem__(self, layer: int) -> torch.Tensor:
@@ -105,9 +118,7 @@ class Prepared:
         """
         if layer not in self.layers:
             raise SelectionError(f"layer {layer} was not looked up; layers are {self.layers}")
-        if self._done is not None:
-            self.wait()
-        return self._out[self.layers.index(layer)]
+        return self.wait()._out[self.layers.index(layer)]
 
     def decode(self, layer: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """As `[layer]`, in another dtype or on another device."""
@@ -156,8 +167,15 @@ def prepare(
             out = torch.empty(wanted, dtype=dtype, device=tier.device)
     dim = tier.tier.row_format.dim
     flat = out.view(len(layers), len(windows), tier.plan.columns, dim)
-    done = tier.embed(windows, flat) if len(windows) else None
-    return Prepared(tier, layers, out, done, owned=given is None)
+    if given is not None and stream is not None:
+        given.record_stream(stream)
+    try:
+        launches = tier.embed(windows, flat)
+    except BaseException:
+        if stream is not None:  # a part of it may be written
+            torch.cuda.current_stream(tier.device).wait_stream(stream)
+        raise
+    return Prepared(tier, layers, out, launches, owned=given is None)
 
 
 def _check_out(

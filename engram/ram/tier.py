@@ -55,12 +55,13 @@ class RamTier(BundleTier):
 
     def in_place(self) -> InPlace:
         view = self._view()
-        if self._in_place is None or self._in_place.view is not view:
-            cache = self.cache
-            self._in_place = InPlace(
-                view, cache.slabs, self._own_epochs, lambda: cache.reserved, lambda: None
-            )
-        return self._in_place
+        cache = self.cache
+        with cache.lock:
+            if self._in_place is None or self._in_place.view is not view:
+                self._in_place = InPlace(
+                    view, cache.slabs, self._own_epochs, lambda: cache.reserved, lambda: None
+                )
+            return self._in_place
 
     def _require_open(self) -> None:
         if self._closed:
