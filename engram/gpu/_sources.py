@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from engram._jit import copy_bytes, fence_acquire, kernel, load_acquire, load_relaxed
+from engram._jit import copy_bytes, kernel
 from engram.ram._directory import bundle_of, head_of, ids_at, is_key, likely_slot, ngram_hash
-from engram.ram._probe import count_reader, touch
+from engram.ram._probe import count_reader, is_whole, touch
 from engram.ram.layout import unpack_view
-
-_U64 = np.uint64
 
 
 @kernel
@@ -49,11 +47,7 @@ def find_in_place(packed_view, reachable, windows, orders, addresses):
         slot = likely_slot(view, ngram_hash(view.seed, ids, orders[n]))
         if slot < 0 or not reachable[slot >> view.slab_shift]:
             continue
-        head = head_of(view, slot)
-        sequence = load_acquire(head)
-        known = is_key(head, view.table, orders[n], ids)
-        fence_acquire()
-        if known and sequence & _U64(1) == 0 and load_relaxed(head) == sequence:
+        if is_whole(view, slot, ids, orders[n]):
             touch(view, slot)
             addresses[n] = bundle_of(view, slot)
             hits += 1
@@ -100,16 +94,12 @@ def find_everywhere(
                     continue
             absent += 1
             slot = likely_slot(view, ngram_hash(view.seed, ids, order))
-            if slot >= 0 and reachable[slot >> view.slab_shift]:
-                head = head_of(view, slot)
-                sequence = load_acquire(head)
-                known = is_key(head, view.table, order, ids)
-                fence_acquire()
-                if known and sequence & _U64(1) == 0 and load_relaxed(head) == sequence:
-                    sources[token, o] = bundle_of(view, slot)
-                    touch(view, slot)
-                    continue
-            lacking += 1
+            reached = slot >= 0 and reachable[slot >> view.slab_shift]
+            if reached and is_whole(view, slot, ids, order):
+                sources[token, o] = bundle_of(view, slot)
+                touch(view, slot)
+            else:
+                lacking += 1
     if lacking == 0:
         if there:
             count_reader(on_device, True, wanted - absent, absent)

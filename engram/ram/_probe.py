@@ -243,7 +243,7 @@ def probe(packed_view, windows, order_used, slots):
                 if not order_used[o]:
                     continue
                 slot = slots[token, o]
-                if slot >= 0 and _is_whole(view, slot, ids_at(windows, token), o):
+                if slot >= 0 and is_whole(view, slot, ids_at(windows, token), view.min_order + o):
                     touch(view, slot)
                     hits += 1
                 else:
@@ -254,11 +254,11 @@ def probe(packed_view, windows, order_used, slots):
 
 
 @kernel
-def _is_whole(view, slot, ids, o):
+def is_whole(view, slot, ids, order):
     """Whether a slot holds the n-gram now; it stays so only for who holds an epoch."""
     head = head_of(view, slot)
     sequence = load_acquire(head)
-    known = is_key(head, view.table, view.min_order + o, ids)
+    known = is_key(head, view.table, order, ids)
     fence_acquire()
     return known and sequence & _U64(1) == 0 and load_relaxed(head) == sequence
 
