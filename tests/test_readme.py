@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from devices import expected, same
 from test_tidy import ROOT
 
 import engram
@@ -29,20 +30,20 @@ def checkpoint(tmp_path_factory):
 
 
 def test_offloading(checkpoint):
-    block, _ = BLOCKS
+    block, _, _ = BLOCKS
     assert "unix:/run/engram/engram.sock" in block
     model = tiny_model()
     tokens = torch.arange(2, 40).reshape(2, 19)
-    expected = model(tokens).logits
+    wanted = model(tokens).logits
     with sidecar(checkpoint / "s.sock", {"qwen": checkpoint / "table"}) as address:
         names = {"model": model}
         exec(block.replace("unix:/run/engram/engram.sock", address), names)
-        assert torch.equal(names["model"](tokens).logits, expected)
+        assert torch.equal(names["model"](tokens).logits, wanted)
         names["table"].close()
 
 
 def test_model_code_of_your_own(v41_table):
-    _, block = BLOCKS
+    _, block, _ = BLOCKS
     tokens = np.arange(12, dtype=np.int32)
     names = {
         "engram": engram,
@@ -56,3 +57,38 @@ def test_model_code_of_your_own(v41_table):
     assert names["rows"].values.shape == (12, 2, 24, 64)
     assert names["vectors"].shape == (12, 24 * 64)
     names["table"].close()
+
+
+def test_steps_on_a_device(v41_table):
+    _, _, block = BLOCKS
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert block.count('"cuda"') == 2
+    replayed = []
+
+    class Graph:
+        """Reads what a captured one would."""
+
+        def replay(self):
+            replayed.append(names["out"].clone())
+
+    with engram.open(v41_table, ram="4MiB") as table:
+        tokens = np.arange(12, dtype=np.int32)
+        names = {
+            "engram": engram,
+            "torch": torch,
+            "table": table,
+            "batch": 12,
+            "tokens": torch.from_numpy(tokens),
+            "starts": torch.arange(13, dtype=torch.int32),
+            "history": torch.full((12, 3), -1),
+            "graph": Graph(),
+        }
+        exec(block.replace('"cuda"', f'"{device}"').replace("2GiB", "1MiB"), names)
+        wanted = expected(
+            table,
+            tokens,
+            torch.bfloat16,
+            starts=names["starts"].numpy(),
+            history=names["history"].numpy(),
+        )
+        assert same(replayed[0], wanted)
