@@ -70,6 +70,7 @@ class AttachServer:
         self._places = leases_max
         self._tokens: dict[bytes, ServedLease] = {}
         self._held: dict[int, tuple[socket.socket, ServedLease]] = {}
+        self._leases = 0
         self._handshakes: dict[threading.Thread, socket.socket] = {}
         self._counts: Counter[str] = Counter()
         self._draining = self._stopped = self._exhausted = False
@@ -94,11 +95,12 @@ class AttachServer:
         return self._tokens.get(token)
 
     def stats(self) -> dict[str, int]:
-        """`leases` now; since the start `attached`, `refused`, and leases that ended, by reason:
+        """`leases` now, those that end included until nothing is spared for them any more; since
+        the start `attached`, `refused`, and leases that ended, by reason:
         `ended_closed` by the client or its death, `ended_protocol` because it said something,
         `ended_stopped` with the server."""
         with self._lock:
-            return {"leases": len(self._held), **{name: self._counts[name] for name in COUNTS}}
+            return {"leases": self._leases, **{name: self._counts[name] for name in COUNTS}}
 
     def drain(self) -> None:
         """Refuse new clients; those attached stay."""
@@ -213,6 +215,7 @@ class AttachServer:
         with self._lock:
             self._tokens[lease.token] = lease
             self._held[connection.fileno()] = (connection, lease)
+            self._leases += 1
             self._counts["attached"] += 1
 
     def _confirm(self, connection: socket.socket, deadline: Deadline) -> None:
@@ -242,6 +245,8 @@ class AttachServer:
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
         lease.tier.cache.remove_reader(lease.reader)
+        with self._lock:
+            self._leases -= 1
         self._leave(connection)
 
     def _leave(self, connection: socket.socket, *, refused: bool = False) -> None:

@@ -170,6 +170,7 @@ READERS = {
 @pytest.mark.parametrize("what", READERS)
 def test_a_readers_memory_that_is_not_as_it_must_be_is_refused(host, reader_bytes, what):
     handed = READERS[what](reader_bytes)
+    until(lambda: host.leases == 0)  # those of the tests before
     readers = len(host.tiers["v41"].cache._readers)
     with Client(host) as client:
         offer = client.offered()
