@@ -30,6 +30,7 @@ from run import _table as make_table
 import engram
 from engram.bench import checksum
 from engram.demo.sidecar import sidecar
+from engram.gpu.launches import Room
 from engram.gpu.tier import BLOCK_TOKENS
 from engram.nn import EngramLookup
 from engram.table import Table
@@ -243,7 +244,7 @@ def _gathers(tier: Any, ids: _Steps, count: int, runs: int, out: torch.Tensor) -
             pinned = tier.device.type == "cuda"
             room = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
             in_place, reach = tier._arena()
-            tier._find(block, in_place, reach, room.numpy())
+            tier._finder.find(block, in_place, reach, Room(room, room, *room.numpy()))
             parts.append((room, out[:, first : first + len(block)]))
         calls.append(
             lambda parts=parts: [tier._gather(*part, stream, kept=False) for part in parts]

@@ -2,10 +2,11 @@
 
     plan.py        where rows lie in a bundle and in the output, worked out once per selection
     tier.py        `GpuTier`: one step, from windows to embeddings on the device
+    find.py        an address for every n-gram of a step, staging what is nowhere else
     launches.py    what launches hold until they have ended
     hbm.py         n-grams kept on the device; which ones, the host knows
     reach.py       host memory that the device can read in place, and staging for misses
-    _sources.py    compiled: an address for every n-gram of a step
+    _sources.py    compiled: the searches, and the gather's twin on the host
     gather.py      one launch from addresses to embeddings, and its twin on the host
     _triton.py     that launch
     dequantize.py  rows of any format to floats, wherever their bytes are

@@ -1,10 +1,11 @@
 # ruff: noqa: ANN001, ANN202, N803 - kernels are typed by what they are called with
 # mypy: ignore-errors
-"""The gather as one Triton kernel: a program for each n-gram and layer.
+"""The gather as one Triton kernel: a program for each n-gram and a few of its layers.
 
-A program reads all selected rows of its n-gram in that layer, whose values lie next to each other,
-16 bytes a thread. Host memory answers some 1.5 us later, so what counts is that many programs wait
-at once: they are small, and nothing in them waits twice for the host.
+A program reads all selected rows of its n-gram in these layers, whose values lie next to each
+other, 16 bytes a thread and load. Host memory answers some 1.5 us later, so what counts is that
+many programs wait at once: they are small, and wait for the host twice, for their addresses and
+for their rows.
 
 Rows are decoded in float32 and rounded once, as `engram.nn.dequantize` does on any device.
 """
@@ -23,10 +24,13 @@ from engram.gpu.dequantize import NF4
 from engram.gpu.plan import Plan
 from engram.rows import RowFormat
 
+cuda: Any = torch.cuda  # parts of it have no types
 _FORMATS = {"bf16": 0, "fp16": 1, "fp32": 2, "fp8-ue8m0": 3, "fp8": 4, "nvfp4": 5, "nf4": 6}
 _UNITS = {"bf16": tl.int16, "fp16": tl.float16, "fp32": tl.float32}
 """How elements are read that are stored as they are."""
 _WARPS = 4
+_PROGRAM_BYTES = 4096
+"""Of values that a program reads, about: as many of its layers as fit."""
 
 
 @triton.jit
@@ -172,31 +176,36 @@ def _rows_of(
     positions,
     offsets,
     order,
-    source_layer,
-    kept_layer,
+    kind,
     layer,
+    head,
+    LAYERS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
     VALUE_BYTES: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
     REGULAR: tl.constexpr,
 ):
     """Which of `[ROWS]` there are, their columns in the output, and bytes of their values and
-    scales in the source, and where they are kept."""
-    row = tl.arange(0, ROWS)
+    scales in the source, and where they are kept.
+
+    Args:
+        layer, head: `[ROWS]`, which row is meant: of the selected layers, and of the order's
+            selected columns.
+    """
     if REGULAR:
         start = layer * (HEADS * (VALUE_BYTES + SCALE_BYTES))
-        value_at = start + row * VALUE_BYTES
-        scale_at = start + HEADS * VALUE_BYTES + row * SCALE_BYTES
-        return row < HEADS, order * HEADS + row, value_at, scale_at, value_at, scale_at
+        value_at = start + head * VALUE_BYTES
+        scale_at = start + HEADS * VALUE_BYTES + head * SCALE_BYTES
+        valid = (head < HEADS) & (layer < LAYERS)
+        return valid, order * HEADS + head, value_at, scale_at, value_at, scale_at
     else:
         first = tl.load(bounds + order)
-        valid = row < tl.load(bounds + order + 1) - first
-        column = first + row
+        valid = (head < tl.load(bounds + order + 1) - first) & (layer < LAYERS)
+        column = first + head
         position = tl.load(positions + column, mask=valid, other=0)
-        at = offsets + (source_layer * COLUMNS + column) * 2
-        kept = offsets + (kept_layer * COLUMNS + column) * 2
+        at = offsets + ((kind * LAYERS + layer) * COLUMNS + column) * 2
+        kept = offsets + ((LAYERS + layer) * COLUMNS + column) * 2
         return (
             valid,
             position,
@@ -222,7 +231,8 @@ def gather(
     LAYERS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
+    HEADS_2: tl.constexpr,
+    LAYERS_EACH: tl.constexpr,
     DIM: tl.constexpr,
     DIM_2: tl.constexpr,
     VALUES: tl.constexpr,
@@ -247,14 +257,17 @@ def gather(
         book: float32 `[16]`, nf4's.
         out: `[layers, T, columns, dim]`, layers `layer_stride` elements apart; not touched unless
             DECODED.
-        HEADS: of an order; ROWS that as a power of two, like all NAME_2.
+        HEADS: of an order; like all NAME_2, HEADS_2 is that as a power of two.
+        LAYERS_EACH: layers of a program, a power of two.
         VALUES, SCALES: units of a row's values and scales.
         HARDWARE: whether the device converts e4m3 itself.
         REGULAR: whether everything is selected, in order: then where rows lie is computed, and a
             program waits only for its address before it asks for its rows.
     """
     pid = tl.program_id(0)
-    layer = tl.program_id(1)
+    ROWS: tl.constexpr = HEADS_2 * LAYERS_EACH
+    row = tl.arange(0, ROWS)
+    layer = tl.program_id(1) * LAYERS_EACH + row // HEADS_2
     order = pid % ORDERS
     token = pid // ORDERS
     tagged = tl.load(addresses + pid)
@@ -269,12 +282,12 @@ def gather(
             positions,
             offsets,
             order,
-            kind * LAYERS + layer,
-            LAYERS + layer,
+            kind,
             layer,
+            row % HEADS_2,
+            LAYERS,
             COLUMNS,
             HEADS,
-            ROWS,
             VALUES * (VALUE_UNIT.primitive_bitwidth // 8),
             SCALES,
             REGULAR,
@@ -309,7 +322,7 @@ def gather(
             decoded = _decode(
                 values, scales, book, global_scale, ROWS, VALUES_2, SCALES_2, FORMAT, HARDWARE
             )
-            base = layer * layer_stride + token.to(tl.int64) * (COLUMNS * DIM)
+            base = layer.to(tl.int64) * layer_stride + token.to(tl.int64) * (COLUMNS * DIM)
             _write(decoded, values, out, base, position, valid, DIM, DIM_2, OUT_ALIGN, FORMAT)
 
 
@@ -337,15 +350,22 @@ class Launch:
             "book": np.array(NF4, np.float32),
         }
         self._arrays = tuple(torch.from_numpy(a).to(device) for a in on_device.values())
+        self._pointers = tuple(array.data_ptr() for array in self._arrays)
         self._device = device
-        self._orders, self._layers = plan.orders, plan.layers
+        self._others = device.type == "cuda" and cuda.device_count() > 1
+        self._orders = plan.orders
+        heads_2 = triton.next_power_of_2(plan.heads)
+        rows_each = max(1, _PROGRAM_BYTES // (row_format.value_bytes * heads_2))
+        layers_each = min(triton.next_power_of_2(plan.layers), 1 << rows_each.bit_length() - 1)
+        self._programs = triton.cdiv(plan.layers, layers_each)
         self._global_scale = float(np.float32(row_format.global_scale or 1.0))
         self._constants = (
             plan.orders,
             plan.layers,
             plan.columns,
             plan.heads,
-            triton.next_power_of_2(plan.heads),
+            heads_2,
+            layers_each,
             row_format.dim,
             values_2 * (2 if name in ("nvfp4", "nf4") else 1),
             values,
@@ -358,7 +378,7 @@ class Launch:
             math.gcd(16, row_format.dim),
             _FORMATS[name],
             plan.regular,
-            device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9),
+            device.type == "cuda" and cuda.get_device_capability(device) >= (8, 9),
         )
         self._compiled: dict[tuple[object, ...], Any] = {}
 
@@ -370,26 +390,20 @@ class Launch:
         if not tokens:
             return
         written = self._arrays[-1] if out is None else out
-        arguments = (
-            addresses,
-            *self._arrays,
-            written,
-            tokens,
-            0 if out is None else out.stride(0),
-            self._global_scale,
-            *self._constants,
-            kept,
-            out is not None,
-        )
-        grid = (tokens * self._orders, self._layers, 1)
+        decoded = out is not None
+        sizes = (tokens, written.stride(0), self._global_scale, *self._constants, kept, decoded)
+        grid = (tokens * self._orders, self._programs, 1)
+        source, target = addresses.data_ptr(), written.data_ptr()
         # What Triton compiles for besides the constants. Looking that up itself takes it longer
-        # than a step of few tokens may.
-        key = (written.dtype, kept, written.data_ptr() % 16, addresses.data_ptr() % 16, out is None)
+        # than a step of few tokens may, and so does asking the driver where tensors are.
+        key = (written.dtype, kept, decoded, target % 16, source % 16)
         compiled = self._compiled.get(key)
         if stream is None:  # the interpreter
-            gather[grid](*arguments, num_warps=_WARPS)
-        elif compiled is None or torch.cuda.current_device() != self._device.index:
-            with torch.cuda.stream(stream):  # and on its device, which Triton takes for granted
-                self._compiled[key] = gather[grid](*arguments, num_warps=_WARPS)
+            gather[grid](addresses, *self._arrays, written, *sizes, num_warps=_WARPS)
+        elif compiled is None or (self._others and cuda.current_device() != self._device.index):
+            with cuda.stream(stream):  # and on its device, which Triton takes for granted
+                self._compiled[key] = gather[grid](
+                    addresses, *self._arrays, written, *sizes, num_warps=_WARPS
+                )
         else:
-            compiled[grid](*arguments, stream=stream.cuda_stream)
+            compiled[grid](source, *self._pointers, target, *sizes, stream=stream.cuda_stream)

@@ -12,10 +12,6 @@ from engram.gpu.dequantize import dequantize
 from engram.gpu.plan import Plan
 from engram.rows import RowFormat
 
-_READ_OVER_BUS_TOKENS = 256
-"""Up to so many, programs read their addresses from the host themselves: a copy before them would
-take longer to start."""
-
 
 class Gather:
     """Reads the bundles at some addresses, decodes their selected rows, and keeps what it is told.
@@ -29,7 +25,6 @@ class Gather:
     def __init__(self, plan: Plan, row_format: RowFormat, device: torch.device) -> None:
         self._plan = plan
         self._format = row_format
-        self._device = device
         self._launch = None
         if device.type == "cuda":
             from engram.gpu._triton import Launch
@@ -47,18 +42,15 @@ class Gather:
         """Queue it.
 
         Args:
-            addresses: int64 `[2, T, orders]` on the host, pinned for CUDA devices: where each
-                n-gram's bundle is, its lowest bit the kind (`plan.WHOLE`, `plan.PACKED`), 0 for
-                none; and where to keep it on the device, 0 to keep it not.
-            out: floating `[layers, T, columns, dim]`; None only keeps.
+            addresses: int64 `[2, T, orders]` on the host, pinned for CUDA devices, which read it
+                there: where each n-gram's bundle is, its lowest bit the kind (`plan.WHOLE`,
+                `plan.PACKED`), 0 for none; and where to keep it on the device, 0 to keep it not.
+            out: floating `[layers, T, columns, dim]`, each layer contiguous, or any view of that;
+                None only keeps.
             stream: of a CUDA device.
             kept: whether any is to be kept.
         """
         if self._launch is not None:
-            if addresses.shape[1] > _READ_OVER_BUS_TOKENS:
-                needed = addresses if kept else addresses[:1]
-                with torch.cuda.stream(stream):
-                    addresses = needed.to(self._device, non_blocking=True)
             self._launch(addresses, out, stream, kept=kept)
             return
         plan, form = self._plan, self._format
@@ -85,4 +77,4 @@ class Gather:
                 form,
                 out.dtype,
             )
-            out.copy_(decoded)
+            out.copy_(decoded.view(out.shape))

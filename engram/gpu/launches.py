@@ -24,12 +24,14 @@ class Room(NamedTuple):
 
     Attributes:
         whole: int64, what is lent.
-        tensor, array: int64 `[2, T, orders]`, sources and where to keep what; its beginning.
+        tensor: int64 `[2, T, orders]`, its beginning.
+        sources, keep: the halves of it: where n-grams are, and where to keep them.
     """
 
     whole: torch.Tensor
     tensor: torch.Tensor
-    array: Int64s
+    sources: Int64s
+    keep: Int64s
 
 
 @dataclass(eq=False)
@@ -60,23 +62,26 @@ class Launches:
         self._cuda = device.type == "cuda"
         self._orders = orders
         self._queue: deque[Launch] = deque()
-        self._rooms: dict[int, list[torch.Tensor]] = {}
+        self._rooms: dict[int, list[Room]] = {}
         self._events: list[Any] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._queue)
+    def __len__(self) -> int:
+        return len(self._queue)
 
     def room(self, tokens: int) -> Room:
         """For addresses of `tokens`; what was in it is still there."""
         size = max(_LEAST_TOKENS, 1 << max(0, tokens - 1).bit_length())
         spare = self._rooms.get(size)
         if spare:
-            whole = spare.pop()
+            room = spare.pop()
+            if room.tensor.shape[1] == tokens:
+                return room
+            whole = room.whole
         else:
             count = 2 * size * self._orders
             whole = torch.zeros(count, dtype=torch.int64, pin_memory=self._cuda)
         tensor = whole[: 2 * tokens * self._orders].view(2, tokens, self._orders)
-        return Room(whole, tensor, tensor.numpy())
+        return Room(whole, tensor, *tensor.numpy())
 
     def event(self, stream: Any) -> Any:
         """Recorded on `stream` now."""
@@ -118,7 +123,7 @@ class Launches:
             size = launch.room.whole.numel() // (2 * self._orders)
             spare = self._rooms.setdefault(size, [])
             if len(spare) < _ROOMS_MAX:
-                spare.append(launch.room.whole)
+                spare.append(launch.room)
         return whole
 
     def clear(self) -> None:

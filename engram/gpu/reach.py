@@ -159,9 +159,8 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._halves = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
-        self._read: list[Any] = [None, None]
         self._turn = 0
+        self.clear()
 
     @property
     def bytes(self) -> int:
@@ -178,6 +177,11 @@ class Staging:
             wanted = max(_STAGING_LEAST, 1 << (size - 1).bit_length())
             self._halves[self._turn] = torch.empty(wanted, dtype=torch.uint8, pin_memory=pinned)
         return self._halves[self._turn].data_ptr()
+
+    def clear(self) -> None:
+        """Free all; the device reads none of it any more."""
+        self._halves = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._read: list[Any] = [None, None]
 
     def queued(self, event: Any) -> None:
         """What reads the half taken last is queued before `event`; None if it was read already."""

@@ -19,41 +19,34 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from engram._counters import Counters
-from engram._ngrams import distinct_ngrams, number_ngrams
+from engram._ngrams import distinct_ngrams
 from engram.errors import EngramError, StoreError
 from engram.gpu import _sources
+from engram.gpu.find import Finder
 from engram.gpu.gather import Gather
 from engram.gpu.hbm import Hbm
 from engram.gpu.launches import Launch, Launches
 from engram.gpu.plan import Plan
 from engram.gpu.prefetch import CHUNK_NGRAMS, Prefetcher
 from engram.gpu.reach import Reach, Staging, reach_of
-from engram.ram import _deliver
 from engram.ram.bundle_tier import BundleTier, InPlace
-from engram.tiers import Int32s, Int64s, Ngrams, Prefetch, Selection
+from engram.tiers import Int32s, Ngrams, Prefetch, Selection
 
 cuda: Any = torch.cuda  # parts of it have no types
 BLOCK_TOKENS = 8192
 """Tokens of one launch, at most: what bounds staging."""
 _COLLECT_S = 0.01
-_NO_VIEW = np.empty(0, np.int64)
 _STEPS_TO_KEEP = 16
 """Whose n-grams wait to be kept; what is older comes again, or not."""
-
-
-class _Found(NamedTuple):
-    """Whether something of a step is in staging, and whether something is to be kept."""
-
-    staged: bool
-    kept: bool
+_UNDER_WAY = 4
+"""So many launches may hold what they hold until somebody has time to look whether they ended."""
 
 
 class GpuTier:
@@ -67,6 +60,9 @@ class GpuTier:
         device: where to; a CUDA device, or the CPU.
         capacity: bytes of the device's memory for n-grams that come again; 0 keeps none there.
 
+    Attributes:
+        width: of a token's embedding in one layer, columns * dim.
+
     Raises:
         ConfigError: the device has not so much memory free.
     """
@@ -79,8 +75,7 @@ class GpuTier:
         self.device = device
         self.capacity = capacity
         self.plan = Plan.of(tier.bundle, selection)
-        self._every = np.diff(selection.order_bounds) > 0
-        self._orders_used = int(self._every.sum())
+        self.width = self.plan.columns * tier.row_format.dim
         self._gather = Gather(self.plan, tier.row_format, device)
         self._cuda = device.type == "cuda"
         self.stream: Any = cuda.Stream(device, priority=-1) if self._cuda else None
@@ -91,12 +86,12 @@ class GpuTier:
                 self._hbm = Hbm(
                     tier.bundle, tier.fingerprint, selection.min_order, self.plan, capacity, device
                 )
+        self._finder = Finder(tier, selection, self.plan, self._hbm, self._staging)
+        self._used: Callable[[], torch.Tensor | None] = lambda: None
         self._lock = threading.Lock()
         self._launches = Launches(device, self.plan.orders)
         self._collecting = self._forked = False
-        self._counters = Counters(
-            "steps", "ngrams_on_device", "ngrams_in_place", "ngrams_staged", "prefetched_late"
-        )
+        self._prefetched_late = 0
         self._closed = False
         self._prefetcher = Prefetcher(self._keep_prefetched)
         self._to_keep: deque[Int32s] = deque(maxlen=_STEPS_TO_KEEP)
@@ -109,8 +104,8 @@ class GpuTier:
 
         Args:
             windows: int32 `[T, max_order]`.
-            out: floating `[layers, T, columns, dim]` on the device, contiguous, not in use by
-                what is queued on other streams.
+            out: floating `[layers, T, columns, dim]` on the device, or any view of that,
+                contiguous, not in use by what is queued on other streams.
 
         Returns:
             the launches that fill `out`: wait for the event of the last one, and `check` them.
@@ -118,17 +113,24 @@ class GpuTier:
         Raises: as `Tier.read`. Nothing may be read from `out` then.
         """
         tokens = len(windows)
-        launches = []
         with self._lock:
-            self._collect()
-            for first in range(0, tokens, BLOCK_TOKENS):
-                block = windows[first : first + BLOCK_TOKENS]
-                part = out if len(block) == tokens else out[:, first : first + len(block)]
-                launches.append(self._launch(block, part))
-        self._counters.add(steps=1)
+            if len(self._launches) >= _UNDER_WAY:
+                self._collect()
+            if tokens <= BLOCK_TOKENS:
+                launches = [self._launch(windows, out)] if tokens else []
+            else:
+                flat = out.view(self.plan.layers, tokens, -1)
+                parts = [slice(at, at + BLOCK_TOKENS) for at in range(0, tokens, BLOCK_TOKENS)]
+                launches = [self._launch(windows[part], flat[:, part]) for part in parts]
         if not self._cuda:
             self._keep_steps()
         return launches
+
+    def use(self, out: torch.Tensor) -> None:
+        """Keep memory of the caller's from being given to others while `stream` writes to it."""
+        if self._used() is not out:
+            out.record_stream(self.stream)
+            self._used = weakref.ref(out)
 
     def check(self, launches: Sequence[Launch]) -> None:
         """Make sure that all that launches read had kept its bytes, until now.
@@ -148,7 +150,9 @@ class GpuTier:
         below = self.tier.prefetch(ngrams)
         if self._hbm is None or not self.tier.in_place().slabs:
             return below
-        mine = ngrams.take(np.flatnonzero(self._every[ngrams.orders - self.selection.min_order]))
+        mine = ngrams.take(
+            np.flatnonzero(self._finder.every[ngrams.orders - self.selection.min_order])
+        )
         lacking = np.flatnonzero(~self._hbm.present(mine))
         return self._prefetcher.start(mine.take(lacking), below)
 
@@ -156,7 +160,7 @@ class GpuTier:
         """Copy what is in the arena to the device; returns the others."""
         assert self._hbm is not None
         with self._lock:
-            self._counters.add(prefetched_late=int(self._hbm.present(ngrams).sum()))
+            self._prefetched_late += int(self._hbm.present(ngrams).sum())
             return self._keep(ngrams, prefetched=True)
 
     def _keep_steps(self) -> None:
@@ -185,8 +189,8 @@ class GpuTier:
                 in_place.epochs.leave(held)
                 return left
             room = self._launches.room(len(come))
-            room.array[:] = 0
-            sources, keep = room.array
+            sources, keep = room.sources, room.keep
+            sources[:] = keep[:] = 0
             at = (np.arange(len(come)), left.orders[come] - self.selection.min_order)
             sources[at] = found[come]
             keep[at] = self._hbm.admit(left.take(come), prefetched=prefetched)
@@ -204,18 +208,19 @@ class GpuTier:
         in_place, reach = self._arena()
         room = self._launches.room(len(windows))
         held = in_place.epochs.enter()
-        kept = self._hbm.enter() if self._hbm else 0
         try:
-            found = self._find(windows, in_place, reach, room.array)
+            found = self._finder.find(windows, in_place, reach, room)
             done = self._queue(room.tensor, out, kept=found.kept)
             if found.staged:
                 self._staging.queued(done)
         except BaseException:
             self._failed(in_place, held)
             raise
-        if self._hbm:
-            self._hbm.leave(kept)
+        if self._hbm is not None:
             self._hbm.came()
+            if found.in_place and not found.kept:
+                # What is in the arena comes to the device behind this step, not before it.
+                self._to_keep.append(windows)
         return self._queued(Launch(done, in_place, held, room))
 
     def _failed(self, in_place: InPlace, held: int) -> None:
@@ -266,78 +271,6 @@ class GpuTier:
             self._in_place, self._reach = in_place, reach_of(in_place, self.device)
         return in_place, self._reach
 
-    def _find(
-        self, windows: Int32s, in_place: InPlace, reach: Reach, addresses: np.ndarray
-    ) -> _Found:
-        """Set sources and what to keep."""
-        sources, keep = addresses
-        hbm, wanted = self._hbm, len(windows) * self._orders_used
-        absent, lacking = _sources.find_everywhere(
-            _NO_VIEW if hbm is None else hbm.view,
-            0 if hbm is None else hbm.first,
-            self.plan.slot_bytes,
-            in_place.view,
-            reach.reachable,
-            windows,
-            self._every,
-            sources,
-        )
-        if not lacking:
-            if absent and hbm is not None:
-                # What is in the arena comes to the device behind this step, not before it.
-                self._to_keep.append(windows)
-            self._counters.add(ngrams_on_device=wanted - absent, ngrams_in_place=absent)
-            return _Found(staged=False, kept=False)
-        if hbm is None:
-            slots, absent = np.full(sources.shape, -1, np.int64), wanted
-        else:
-            slots, absent = hbm.find(windows, self._every, sources)
-        keep[:] = 0
-        missed = np.empty(absent, np.int64)
-        listed = Ngrams(
-            np.full((absent, windows.shape[1]), -1, np.int32), np.empty(absent, np.int32)
-        )
-        _deliver.collect_missed(
-            windows,
-            self.selection.min_order,
-            self._every,
-            slots,
-            missed,
-            listed.windows,
-            listed.orders,
-        )
-        firsts, number = number_ngrams(listed)
-        ngrams = listed.take(firsts)
-        found = np.empty(len(ngrams), np.int64)
-        lacking = _sources.find_in_place(
-            in_place.view, reach.reachable, ngrams.windows, ngrams.orders, found
-        )
-        if lacking:
-            self._stage(ngrams, found)
-        if not found.all():
-            raise StoreError(f"{self.tier.name}: an n-gram was neither found nor reported failed")
-        kept = hbm.admit(ngrams) if hbm else np.zeros(len(ngrams), np.int64)
-        _sources.spread(missed, number, firsts, found, kept, sources.reshape(-1), keep.reshape(-1))
-        self._counters.add(
-            ngrams_on_device=wanted - absent,
-            ngrams_in_place=len(ngrams) - lacking,
-            ngrams_staged=lacking,
-        )
-        return _Found(staged=lacking > 0, kept=bool(kept.any()))
-
-    def _stage(self, ngrams: Ngrams, found: Int64s) -> None:
-        """Fetch n-grams that `found` has no address of, and set it."""
-        rest = np.flatnonzero(found == 0)
-        size = self.tier.bundle.slot_bytes
-        target = self._staging.take(len(rest) * size)
-
-        def deliver(first: int, bundles: Int64s) -> None:
-            placed = np.empty(len(bundles), np.int64)
-            _sources.copy_bundles(bundles, size, target + first * size, size, placed)
-            found[rest[first : first + len(bundles)]] = placed
-
-        self.tier.fetch_all(ngrams.take(rest), self.selection, deliver)
-
     def _collect_later(self) -> None:
         """A thread's: an idle reader must not hold slots that others wait for, and what steps read
         from the arena is to be kept."""
@@ -360,7 +293,8 @@ class GpuTier:
         return {
             "tier": "gpu",
             **kept,
-            **self._counters.read(),
+            **self._finder.counters.read(),
+            "prefetched_late": self._prefetched_late,
             "staging_bytes": self._staging.bytes,
             "registered_bytes": self._reach.registered_bytes if self._reach else 0,
         }
@@ -382,7 +316,7 @@ class GpuTier:
             self._collect()
             self._launches.clear()
             self._in_place = self._reach = None
-            self._staging = Staging(self.device)
+            self._staging.clear()
             if self._hbm is not None:
                 self._hbm.close()
 

@@ -140,7 +140,8 @@ class EngramLookup(nn.Module):
         layers: model layer indices, 0-based; all of the table when None.
         columns: column numbers, in the order wanted; all when None.
         device: where the embeddings go; when None, where the tokens are. Tokens kept on the host
-            with `device` naming a CUDA device spare the wait for a copy of them.
+            with `device` naming a CUDA device spare the wait for a copy of them. `cuda` is the
+            device that is the current one at the first call.
         hbm: memory on a CUDA device for n-grams that come again, like `"2GiB"` or in bytes.
 
     Raises:
@@ -241,6 +242,8 @@ class EngramLookup(nn.Module):
     def _tier_on(self, device: torch.device) -> GpuTier | None:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
+            if self.device is not None:
+                self.device = device
         found = self._ref.tiers.get(device)
         if found is None:
             found = gpu_tier(self.table, self._selection, device, self.hbm)
@@ -259,8 +262,9 @@ class EngramLookup(nn.Module):
         after: Any = None,
     ) -> Prepared:
         _require_ids(tokens)
-        parts = (_on_host(part) for part in (tokens, starts, history, dead))
-        batch = self.table.spec.batch(*parts)
+        batch = self.table.spec.batch(
+            tokens.numpy(force=True), _on_host(starts), _on_host(history), _on_host(dead)
+        )
         return prepare(tier, batch.windows, batch.shape, self.layers, self.dtype, out, after)
 
     def prefetch(

@@ -148,10 +148,9 @@ def prepare(
         SelectionError: an `out` that does not fit.
         Others: as `GpuTier.embed`.
     """
-    width = tier.plan.columns * tier.tier.row_format.dim
-    wanted = (len(layers), *shape, width)
+    wanted = (len(layers), *shape, tier.width)
     stream = tier.stream
-    given = out
+    owned = out is None
     if out is not None:
         _check_out(out, wanted, dtype, tier.device)
         if stream is not None:
@@ -159,33 +158,30 @@ def prepare(
                 stream.wait_stream(torch.cuda.current_stream(tier.device))
             else:
                 stream.wait_event(after)
+            tier.use(out)
     elif stream is None:
         out = torch.empty(wanted, dtype=dtype, device=tier.device)
     else:
         # Of the tier's own stream, so that it waits for nobody who used that memory before.
         with torch.cuda.stream(stream):
             out = torch.empty(wanted, dtype=dtype, device=tier.device)
-    dim = tier.tier.row_format.dim
-    flat = out.view(len(layers), len(windows), tier.plan.columns, dim)
-    if given is not None and stream is not None:
-        given.record_stream(stream)
     try:
-        launches = tier.embed(windows, flat)
+        launches = tier.embed(windows, out)
     except BaseException:
         if stream is not None:  # a part of it may be written
             torch.cuda.current_stream(tier.device).wait_stream(stream)
         raise
-    return Prepared(tier, layers, out, launches, owned=given is None)
+    return Prepared(tier, layers, out, launches, owned=owned)
 
 
 def _check_out(
     out: torch.Tensor, wanted: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     if (
-        tuple(out.shape) != wanted
+        out.shape != wanted
         or out.dtype != dtype
         or out.device.type != device.type
-        or (out.device.index is not None and out.device.index != device.index)
+        or (device.type != "cpu" and out.device != device)
         or not out.is_contiguous()
     ):
         raise SelectionError(
