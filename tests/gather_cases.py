@@ -85,10 +85,10 @@ def check(name, geometry, dtype, device):
         if twin:
             Gather(plan, row_format, where)(addresses, out)
         else:
-            from engram.gpu._triton import Launch
+            from engram.gpu._kernel import Kernel
 
             stream = torch.cuda.current_stream() if where.type == "cuda" else None
-            launch = Launch(plan, row_format, where)
+            launch = Kernel(plan, row_format, where)
             for _ in range(1 if stream is None else 2):  # compiled, and then as it was compiled
                 launch(addresses.to(where), out, stream)
             again = torch.full_like(out, float("nan"))
@@ -107,9 +107,9 @@ def check(name, geometry, dtype, device):
     )
 
 
-def cases():
+def cases(device):
     """Triton's interpreter does not round to bf16 as devices do; there it is float32 alone."""
-    dtypes = (torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,)
+    dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
     for name in ROW_FORMATS:
         for geometry in GEOMETRIES:
             for dtype in dtypes:
@@ -119,6 +119,6 @@ def cases():
 
 
 if __name__ == "__main__":
-    for case in cases():
+    for case in cases(sys.argv[1]):
         name, geometry, dtype = case
         print(f"{name}/{geometry}/{dtype}", check(*case, torch.device(sys.argv[1])), flush=True)

@@ -10,7 +10,7 @@ import gather_cases
 import pytest
 import torch
 
-NAMES = [f"{name}/{geometry}/{dtype}" for name, geometry, dtype in gather_cases.cases()]
+NAMES = [f"{name}/{geometry}/{dtype}" for name, geometry, dtype in gather_cases.cases("cpu")]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,6 @@ def test_in_the_interpreter(interpreted, name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("name", "geometry", "dtype"), list(gather_cases.cases()))
+@pytest.mark.parametrize(("name", "geometry", "dtype"), list(gather_cases.cases("cuda")))
 def test_on_the_device(name, geometry, dtype):
     assert gather_cases.check(name, geometry, dtype, torch.device("cuda"))

@@ -8,7 +8,8 @@
     reach.py       host memory that the device can read in place, and staging for misses
     _sources.py    compiled: the searches, and the gather's twin on the host
     gather.py      one launch from addresses to embeddings, and its twin on the host
-    _triton.py     that launch
+    _kernel.py     that launch, made ready for a plan and a row format
+    _triton.py     the kernel it launches
     dequantize.py  rows of any format to floats, wherever their bytes are
 
 Every n-gram of a step gets one address, whether its bundle is on the device, in the arena, or in

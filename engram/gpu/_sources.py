@@ -6,10 +6,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from engram._jit import copy_bytes, kernel
-from engram.ram._directory import bundle_of, head_of, ids_at, is_key, likely_slot, ngram_hash
+from engram._jit import copy_bytes, kernel, prefetch
+from engram.ram._directory import (
+    bucket_of,
+    bundle_of,
+    head_of,
+    id_of,
+    ids_at,
+    is_key,
+    likely_slot,
+    ngram_hash,
+)
 from engram.ram._probe import count_reader, is_whole, touch
 from engram.ram.layout import unpack_view
+from engram.store.checks import mix64
+
+_GROUP = 16
+"""Tokens in one stage at a time."""
 
 
 @kernel
@@ -57,14 +70,46 @@ def find_in_place(packed_view, reachable, windows, orders, addresses):
 
 
 @kernel
+def _ask_for_buckets(view, windows, order_used, first, last, hashes):
+    """Hash all n-grams of tokens `[first, last)`, and ask for the lines that say where they are."""
+    orders = len(order_used)
+    for token in range(first, last):
+        ids = ids_at(windows, token)
+        # An n-gram's hash goes through those of all shorter ones of its window.
+        state = ngram_hash(view.seed, ids, view.min_order - 1)
+        for o in range(orders):
+            state = mix64(state ^ id_of(ids, view.min_order - 1 + o))
+            hashes[token - first, o] = state
+            if order_used[o]:
+                prefetch(bucket_of(view, state))
+
+
+@kernel
+def _ask_for_heads(view, wanted, hashes, slots):
+    """The likely slots of wanted n-grams, -1 for none; asks for what verifies them."""
+    for t in range(wanted.shape[0]):
+        for o in range(wanted.shape[1]):
+            slot = np.int64(-1)
+            if wanted[t, o]:
+                slot = likely_slot(view, hashes[t, o])
+                if slot >= 0:
+                    prefetch(head_of(view, slot))
+                    prefetch(view.touched + slot)
+            slots[t, o] = slot
+
+
+@kernel
 def find_everywhere(
-    device_view, first, slot_bytes, packed_view, reachable, windows, order_used, sources
+    device_view, first_slot, slot_bytes, packed_view, reachable, windows, order_used, sources
 ):
-    """Addresses of a step's n-grams on the device, or else in the arena, under both epochs.
+    """Addresses of a step's n-grams on the device, or else in the arena, under the arena's epoch.
+
+    Memory is far away, so a group of tokens at a time goes through three stages, as in
+    `engram.ram._probe`: hash, find, verify.
 
     Args:
         device_view: of the device's directory; empty without one.
-        first: address of slot 0 on the device, with the lowest bit set.
+        first_slot: address of slot 0 on the device, with the lowest bit set.
         packed_view, reachable: of the arena, see `find_in_place`.
         windows: int32 `[T, max_order]`.
         sources: int64 `[T, orders]`; 0 where there is none.
@@ -77,32 +122,45 @@ def find_everywhere(
     there = device_view.size > 0
     on_device = unpack_view(device_view if there else packed_view)
     tokens, orders = sources.shape
-    wanted = absent = lacking = 0
-    for token in range(tokens):
-        ids = ids_at(windows, token)
-        for o in range(orders):
-            sources[token, o] = 0
-            if not order_used[o]:
-                continue
-            wanted += 1
-            order = view.min_order + o
-            if there:
-                slot = likely_slot(on_device, ngram_hash(on_device.seed, ids, order))
+    hashes = np.empty((2, _GROUP, orders), np.uint64)
+    slots = np.full((2, _GROUP, orders), -1)
+    wanted = np.empty((_GROUP, orders), np.bool_)
+    used = absent = lacking = 0
+    for first in range(0, tokens, _GROUP):
+        last = min(tokens, first + _GROUP)
+        if there:
+            _ask_for_buckets(on_device, windows, order_used, first, last, hashes[0])
+        _ask_for_buckets(view, windows, order_used, first, last, hashes[1])
+        some = wanted[: last - first]
+        some[:] = order_used
+        if there:
+            _ask_for_heads(on_device, some, hashes[0], slots[0])
+            some &= slots[0, : last - first] < 0
+        _ask_for_heads(view, some, hashes[1], slots[1])
+        for token in range(first, last):
+            ids, t = ids_at(windows, token), token - first
+            for o in range(orders):
+                sources[token, o] = 0
+                if not order_used[o]:
+                    continue
+                used += 1
+                order = view.min_order + o
+                slot = slots[0, t, o]
                 if slot >= 0 and is_key(head_of(on_device, slot), on_device.table, order, ids):
-                    sources[token, o] = first + slot * slot_bytes
+                    sources[token, o] = first_slot + slot * slot_bytes
                     touch(on_device, slot)
                     continue
-            absent += 1
-            slot = likely_slot(view, ngram_hash(view.seed, ids, order))
-            reached = slot >= 0 and reachable[slot >> view.slab_shift]
-            if reached and is_whole(view, slot, ids, order):
-                sources[token, o] = bundle_of(view, slot)
-                touch(view, slot)
-            else:
-                lacking += 1
+                absent += 1
+                slot = slots[1, t, o] if slot < 0 else likely_slot(view, hashes[1, t, o])
+                reached = slot >= 0 and reachable[slot >> view.slab_shift]
+                if reached and is_whole(view, slot, ids, order):
+                    sources[token, o] = bundle_of(view, slot)
+                    touch(view, slot)
+                else:
+                    lacking += 1
     if lacking == 0:
         if there:
-            count_reader(on_device, True, wanted - absent, absent)
+            count_reader(on_device, True, used - absent, absent)
         if absent:
             count_reader(view, True, absent, 0)
     return absent, lacking

@@ -27,9 +27,9 @@ class Gather:
         self._format = row_format
         self._launch = None
         if device.type == "cuda":
-            from engram.gpu._triton import Launch
+            from engram.gpu._kernel import Kernel
 
-            self._launch = Launch(plan, row_format, device)
+            self._launch = Kernel(plan, row_format, device)
 
     def __call__(
         self,

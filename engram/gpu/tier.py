@@ -45,6 +45,10 @@ BLOCK_TOKENS = 8192
 _COLLECT_S = 0.01
 _STEPS_TO_KEEP = 16
 """Whose n-grams wait to be kept; what is older comes again, or not."""
+_STEP_BUSY_S = 0.001
+"""So long after its beginning a step has the host queue things."""
+_STEPS_WITHIN_S = 0.05
+"""Steps that begin within so long of each other are taken to come regularly."""
 _UNDER_WAY = 4
 """So many launches may hold what they hold until somebody has time to look whether they ended."""
 
@@ -87,6 +91,7 @@ class GpuTier:
                     tier.bundle, tier.fingerprint, selection.min_order, self.plan, capacity, device
                 )
         self._finder = Finder(tier, selection, self.plan, self._hbm, self._staging)
+        self._began = self._interval = 0.0
         self._used: Callable[[], torch.Tensor | None] = lambda: None
         self._lock = threading.Lock()
         self._launches = Launches(device, self.plan.orders)
@@ -112,7 +117,8 @@ class GpuTier:
 
         Raises: as `Tier.read`. Nothing may be read from `out` then.
         """
-        tokens = len(windows)
+        tokens, began = len(windows), time.monotonic()
+        self._interval, self._began = began - self._began, began
         with self._lock:
             if len(self._launches) >= _UNDER_WAY:
                 self._collect()
@@ -179,6 +185,8 @@ class GpuTier:
         assert self._hbm is not None
         self._collect()
         left = ngrams.take(np.flatnonzero(~self._hbm.present(ngrams)))
+        if not len(left):
+            return left
         in_place, reach = self._arena()
         held = in_place.epochs.enter()
         found = np.empty(len(left), np.int64)
@@ -277,6 +285,7 @@ class GpuTier:
         try:
             while True:
                 time.sleep(_COLLECT_S)
+                time.sleep(self._until_quiet())
                 self._keep_steps()
                 with self._lock:
                     self._collect()
@@ -286,6 +295,16 @@ class GpuTier:
         except BaseException:
             self._collecting = False  # the next step starts another
             raise
+
+    def _until_quiet(self) -> float:
+        """Seconds until the host is likely to wait for the device: then the interpreter's lock is
+        free, which a step would have to wait for."""
+        interval, since = self._interval, time.monotonic() - self._began
+        if since < _STEP_BUSY_S:
+            return _STEP_BUSY_S - since
+        if interval < _STEPS_WITHIN_S and interval / 2 < since < interval:
+            return interval - since + _STEP_BUSY_S
+        return 0.0
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, by name; plain ints and strings."""
