@@ -8,6 +8,7 @@ import mmap
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,6 +48,41 @@ def fio_rate(path: Path, seconds: int) -> float:
     ]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(answer.stdout)["jobs"][0]["read"]["iops"])
+
+
+_READER = """
+import mmap, os, random, sys, threading, time
+file = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+pages = os.fstat(file).st_size >> 12
+until = time.monotonic() + float(sys.argv[2])
+counts = []
+def read():
+    room, choose, count = mmap.mmap(-1, 4096), random.Random(), 0
+    while time.monotonic() < until:
+        os.preadv(file, [room], choose.randrange(pages) << 12)
+        count += 1
+    counts.append(count)
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(sum(counts))
+"""
+
+
+def read_rate(path: Path, seconds: int) -> tuple[float, str]:
+    """As `fio_rate`, or where there is no fio by 8 threads in a process for each core; and by what.
+
+    Processes, because one interpreter would read no faster than it runs.
+    """
+    if shutil.which("fio") is not None:
+        return fio_rate(path, seconds), "fio"
+    command = [sys.executable, "-c", _READER, str(path), str(seconds)]
+    readers = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for _ in os.sched_getaffinity(0)
+    ]
+    counts = [int(reader.communicate()[0]) for reader in readers]
+    return sum(counts) / seconds, f"{len(readers)} processes of 8 threads"
 
 
 def resident_share(path: Path) -> float:

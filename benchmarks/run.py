@@ -83,9 +83,9 @@ def _run(parts: list[str], place: Path, smoke: bool) -> Iterator[list[Line]]:
         yield bench_import.run(place, smoke)
 
 
-def _table(path: Path, vocab_size: int) -> Path:
+def _table(path: Path, vocab_size: int, row_format: str = "fp8-ue8m0") -> Path:
     spec = NgramSpec.deepseek_v41(tokenizer=tokenizer_file(), engram_vocab_size=vocab_size)
-    schema = schema_of(spec, RowFormat("fp8-ue8m0", spec.dim))
+    schema = schema_of(spec, RowFormat(row_format, spec.dim))
     build_table(path, schema, SyntheticSource(schema))
     return path
 

@@ -20,8 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_gather import device_facts
+from bench_gather import device_facts, gpu_times
+from bench_prefill import Prefill
+from decode_loop import HISTORY, Loop, Small, Streams
 from decoder import Decoder, Shape, Step
+from machine import read_rate
 from report import Line, Samples, save, show
 from run import _table as make_table
 
@@ -31,8 +34,7 @@ from engram.demo.corpus import source_tokens
 from engram.nn import EngramLookup
 from engram.store.manifest import DATA_FILE
 
-SMALL_BAR, NONE_BAR, HISTORY = 0.99, 0.98, 3
-_SMALL_ROWS = 1 << 16
+SMALL_BAR, NONE_BAR = 0.99, 0.98
 cuda: Any = torch.cuda  # parts of it have no types
 
 
@@ -45,7 +47,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sequences", type=int, nargs="+", default=[256, 8, 1])
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--rows", type=int, default=320_000, help="of a head, about")
+    parser.add_argument("--rows", type=int, default=320_000, help="of each of the 48 heads, about")
+    parser.add_argument("--row-format", default="nf4", help="of the table")
+    parser.add_argument(
+        "--tokens", type=int, default=240_000, help="of text; an eighth for prompts"
+    )
     parser.add_argument("--hbm", default="2GiB")
     parser.add_argument("--place", type=Path, help="for the table; default: temp")
     parser.add_argument("--out", type=Path, help="directory for results.json and results.md")
@@ -60,147 +66,202 @@ def main(arguments: list[str]) -> None:
         save(options.out, command, lines, device_facts(torch.device(options.device)))
 
 
-class _Streams:
-    """Sequences that go through real text, each from a place of its own."""
-
-    def __init__(self, text: np.ndarray, sequences: int, steps: int, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        places = rng.integers(HISTORY, len(text) - steps, sequences)
-        self.steps = [
-            (text[places + at].astype(np.int32), self._before(text, places + at))
-            for at in range(steps)
-        ]
-
-    @staticmethod
-    def _before(text: np.ndarray, places: np.ndarray) -> np.ndarray:
-        history = np.stack([text[places - back] for back in range(HISTORY, 0, -1)], axis=1)
-        return history.astype(np.int32)
-
-
-class _Loop:
-    """Decodes and measures.
-
-    Args:
-        step: captured.
-        lookup: brings embeddings to `out`; None where the graphs do it.
-    """
-
-    def __init__(self, step: Step, lookup: EngramLookup | None, out: torch.Tensor | None) -> None:
-        self._step, self._lookup, self._out = step, lookup, out
-        self._on_cuda = step.ids.device.type == "cuda"
-        self._starts = torch.arange(len(step.ids) + 1, dtype=torch.int32)
-        self._free: Any = None
-
-    def run(self, streams: _Streams) -> list[float]:
-        """Milliseconds of each step, from ids on the host to the next ones there."""
-        return [self._one(ids, history) for ids, history in streams.steps]
-
-    def _one(self, ids: np.ndarray, history: np.ndarray) -> float:
-        began = time.perf_counter()
-        step, tokens = self._step, torch.from_numpy(ids)
-        step.ids.copy_(tokens, non_blocking=True)
-        step.first()
-        if self._lookup is not None:
-            prepared = self._lookup.prepare(
-                tokens, self._starts, torch.from_numpy(history), out=self._out, after=self._free
-            )
-            prepared.wait()
-        step.rest()
-        if self._on_cuda and self._lookup is not None:
-            self._free = cuda.Event()
-            self._free.record()
-        step.next.cpu()
-        return (time.perf_counter() - began) * 1e3
-
-
-class _Small:
-    """A table of few rows in the device's own memory; which row, the ids say."""
-
-    def __init__(self, shape: Shape, sequences: int, device: torch.device) -> None:
-        columns = shape.embed_dim // 256
-        self._rows = torch.randn(2, _SMALL_ROWS, 256, device=device, dtype=torch.bfloat16)
-        self._factors = torch.arange(1, columns + 1, device=device) * 2_654_435_761
-        self.out = torch.empty(2, sequences, shape.embed_dim, device=device, dtype=torch.bfloat16)
-
-    def look_up(self, ids: torch.Tensor) -> None:
-        rows = (ids[:, None] * self._factors[None]) % _SMALL_ROWS
-        for layer in range(2):
-            self.out[layer].copy_(self._rows[layer][rows].flatten(1))
-
-    def memory(self, which: int) -> torch.Tensor:
-        return self.out[which]
-
-
 def run(options: argparse.Namespace) -> list[Line]:
-    """All ways, in turns, for each number of sequences."""
+    """All ways, in turns, for each number of sequences, and for a long prompt."""
     device = torch.device(options.device)
     shape = Shape()
     if options.smoke:
         shape = Shape(4, 128, 4, 2, 256, 129_280, 16, (1, 2))
-    text = np.concatenate(source_tokens(8_000 if options.smoke else 300_000))
-    decoder = Decoder(shape, max(options.sequences), device)
-    print("decoder made", flush=True)
-    lines: list[Line] = []
+    text = np.concatenate(source_tokens(8_000 if options.smoke else options.tokens))
     with tempfile.TemporaryDirectory(dir=options.place) as name:
-        path = make_table(Path(name) / "table", options.rows)
-        size = (path / DATA_FILE).stat().st_size
-        enough, tenth = max(8 << 20, 3 * len(text) * 6144), size // 10
+        began = time.perf_counter()
+        path = make_table(Path(name) / "table", options.rows, options.row_format)
+        data = path / DATA_FILE
+        size = data.stat().st_size
+        note(f"table of {size / 1e9:.1f} GB made in {time.perf_counter() - began:.0f} s")
+        drop_cache(data)
+        rate, by = read_rate(data, 1 if options.smoke else 3)
+        decoder = Decoder(shape, max(options.sequences), device)
+        bench = _Bench(options, decoder, text, rate)
+        lines = [
+            Line(f"random reads of 4 KiB, direct, by {by}", "reads/s", Samples.of([rate])),
+            Line("table", "GB", Samples.of([size / 1e9])),
+            Line("copy on the device", "TB/s", Samples.of([bench.copy_rate])),
+        ]
         with (
-            engram.open(path, ram=enough, guard=True) as warm,
-            engram.open(path, ram=tenth, guard=True) as cold,
+            engram.open(path, ram=max(8 << 20, 3 * len(text) * 6144), guard=True) as warm,
+            engram.open(path, ram=max(4 << 20, size // 10), guard=True) as cold,
         ):
-            for first in range(HISTORY, len(text) - 2048, 2048):
-                some = text[first : first + 2048], None, text[None, first - HISTORY : first]
-                warm.lookup(*some)
-                if first < len(text) // 2:
-                    cold.lookup(*some)
-            print("warmed up", flush=True)
-            for sequences in options.sequences:
-                print(f"{sequences} sequences", flush=True)
-                lines += _compare(decoder, sequences, warm, cold, path, text, options)
+            bench.warm_up(warm, cold)
+            drop_cache(data)
+            lines += bench.compare(warm, cold, data)
             for table in (warm, cold):
                 for tier in table.stats()["tiers"]:
                     print(tier)
     return lines
 
 
-def _compare(
-    decoder: Decoder,
-    sequences: int,
-    warm: engram.Table,
-    cold: engram.Table,
-    path: Path,
-    text: np.ndarray,
-    options: argparse.Namespace,
-) -> list[Line]:
-    device, shape = decoder.device, decoder.shape
-    wide = (2, sequences, shape.embed_dim)
-    out = torch.zeros(wide, device=device, dtype=torch.bfloat16)
-    small = _Small(shape, sequences, device)
-    lookups = {
-        "c": EngramLookup(warm, device=device, hbm=options.hbm),
-        "d": EngramLookup(cold, device=device, hbm=options.hbm),
-    }
-    from_out = Step(decoder, sequences, lambda which: out[which])
-    loops = {
-        "a": _Loop(Step(decoder, sequences, None), None, None),
-        "b": _Loop(Step(decoder, sequences, small.memory, small.look_up), None, None),
-        "c": _Loop(from_out, lookups["c"], out),
-        "d": _Loop(from_out, lookups["d"], out),
-    }
-    half = len(text) // 2
-    _check_embeddings(lookups["c"], warm, text, device)
-    times: dict[str, list[float]] = {way: [] for way in loops}
-    rounds = 2 if options.smoke else 4
-    for number in range(rounds):
-        for way in "abc":
-            streams = _Streams(text, sequences, options.steps, 17 * number + sequences)
-            times[way] += loops[way].run(streams)[5 if not options.smoke else 0 :]
-    drop_cache(path / DATA_FILE)
-    before = cold.stats()["tiers"]
-    streams = _Streams(text[half:], sequences, max(3, options.steps // 3), sequences)
-    times["d"] = loops["d"].run(streams)
-    return _lines(times, sequences, shape, before, cold.stats()["tiers"])
+def note(what: str) -> None:
+    """Tell how far it is."""
+    print(what, flush=True)
+
+
+class _Bench:
+    """What all comparisons share.
+
+    Args:
+        rate: reads a second that the disk can do.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, decoder: Decoder, text: np.ndarray, rate: float
+    ) -> None:
+        self._options, self._decoder, self._rate = options, decoder, rate
+        # The cold table is warmed by the earlier part; later ones are for decoding and prefill.
+        known, decoded = len(text) * 3 // 4, len(text) * 7 // 8
+        self._text, self._known = text, text[:known]
+        self._decoded, self._prompts = text[known:decoded], text[decoded:]
+        self.copy_rate = _copy_rate(decoder.device, options.smoke)
+        self.steps: dict[int, list[tuple[float, int, float]]] = {}
+
+    def warm_up(self, warm: engram.Table, cold: engram.Table) -> None:
+        """Look the whole text up in one table, and the earlier part of it in the other."""
+        for table, text in ((warm, self._text), (cold, self._known)):
+            for first in range(HISTORY, len(text), 2048):
+                table.lookup(text[first : first + 2048], None, text[None, first - HISTORY : first])
+        note("warmed up")
+
+    def compare(self, warm: engram.Table, cold: engram.Table, data: Path) -> list[Line]:
+        """Prefill and decoding."""
+        options, device = self._options, self._decoder.device
+        before = _allocated(device)
+        lookups = {
+            "c": EngramLookup(warm, device=device, hbm=options.hbm),
+            "d": EngramLookup(cold, device=device, hbm=options.hbm),
+        }
+        for lookup, table in zip(lookups.values(), (warm, cold), strict=True):
+            _check_embeddings(lookup, table, self._text, device)
+        taken = (_allocated(device) - before) / 2 / 2**20
+        lines = [Line(f"HBM of one lookup, {options.hbm} configured", "MiB", Samples.of([taken]))]
+        tokens, rounds = (256, 1) if options.smoke else (8192, 3)
+        prefill = Prefill(self._decoder, tokens, lookups)
+        lines += prefill.lines(self._known, self._prompts, rounds, self._rate)
+        note("prefilled")
+        for sequences in options.sequences:
+            drop_cache(data)
+            lines += self._decode(sequences, lookups, cold)
+            note(f"decoded {sequences} sequences")
+        return lines
+
+    def _decode(
+        self, sequences: int, lookups: dict[str, EngramLookup], cold: engram.Table
+    ) -> list[Line]:
+        options, decoder = self._options, self._decoder
+        device, shape = decoder.device, decoder.shape
+        wide = (2, sequences, shape.embed_dim)
+        out = torch.zeros(wide, device=device, dtype=torch.bfloat16)
+        small = Small(shape, sequences, device)
+        from_out = Step(decoder, sequences, lambda which: out[which])
+        loops = {
+            "a": Loop(Step(decoder, sequences, None), None, None),
+            "b": Loop(Step(decoder, sequences, small.memory, small.look_up), None, None),
+            "c": Loop(from_out, lookups["c"], out),
+        }
+        times: dict[str, list[float]] = {way: [] for way in loops}
+        for number in range(2 if options.smoke else 5):
+            for way, loop in loops.items():
+                streams = Streams(self._text, sequences, options.steps, 17 * number + sequences)
+                times[way] += loop.run(streams)[0 if options.smoke else 5 :]
+        self.steps[sequences] = self._cold_steps(Loop(from_out, lookups["d"], out), sequences, cold)
+        times["d"] = [ms for _, _, ms in self.steps[sequences]]
+        first_ms = gpu_times([from_out.first] * 9, device)
+        return self._lines(times, sequences, first_ms)
+
+    def _cold_steps(
+        self, loop: Loop, sequences: int, cold: engram.Table
+    ) -> list[tuple[float, int, float]]:
+        """Of each step the part of n-grams that were not on disk, rows read, and milliseconds."""
+        steps = max(3, self._options.steps // 3)
+        found = []
+        for ids, history in Streams(self._decoded, sequences, steps, sequences).steps:
+            before = cold.stats()["tiers"]
+            ms = loop.one(ids, history)
+            after = cold.stats()["tiers"]
+            grown = {
+                name: after[0][name] - before[0][name]
+                for name in ("ngrams_on_device", "ngrams_in_place", "ngrams_staged")
+            }
+            hits = 1 - grown["ngrams_staged"] / max(1, sum(grown.values()))
+            found.append((hits, after[-1]["rows_read"] - before[-1]["rows_read"], ms))
+        return found[2:]
+
+    def _lines(
+        self, times: dict[str, list[float]], sequences: int, first_us: list[float]
+    ) -> list[Line]:
+        per_second = {
+            way: Samples.of([sequences / ms * 1e3 for ms in some]) for way, some in times.items()
+        }
+        compute_ms = float(np.median(times["b"]))
+        moved = self._decoder.shape.bytes_of_step(sequences) / np.median(times["a"]) / 1e9
+        warm, none = (per_second["c"].median / per_second[way].median for way in "ba")
+        steps = self.steps[sequences]
+        bound = [1.1 * max(compute_ms, rows / self._rate * 1e3) + 0.3 for _, rows, _ in steps]
+        over = float(np.median([ms / most for (_, _, ms), most in zip(steps, bound, strict=True)]))
+        hits, rows = (np.median([step[i] for step in steps]) for i in range(2))
+        cold = per_second["d"].median / per_second["b"].median
+        beside = ("(b)", per_second["b"])
+        name = f"decoding, {sequences} sequences"
+        told = f"{hits:.0%} of n-grams in RAM or HBM, {rows:,.0f} rows a step read"
+        share = f"reads {moved:.2f} TB/s, {moved / self.copy_rate:.0%} of a copy's rate"
+        warm_bar = f"at least {SMALL_BAR} of (b), {NONE_BAR} of (a) (it is {none:.3f})"
+        cold_bar = (
+            f"a step at most 1.1 x max(compute, reads / rate) + 0.3 ms (it is {over:.2f} of that)"
+        )
+        reached = warm >= SMALL_BAR and none >= NONE_BAR
+        return [
+            Line(f"(a) {name}, no Engram: {share}", "tokens/s", per_second["a"]),
+            Line(f"(b) {name}, a small table on the device", "tokens/s", per_second["b"]),
+            Line(
+                f"(c) {name}, engram, all n-grams in RAM or HBM",
+                "tokens/s",
+                per_second["c"],
+                *beside,
+                warm,
+                warm_bar,
+                reached,
+            ),
+            Line(
+                f"(d) {name}, engram, RAM tier of a tenth, disk cold: {told}",
+                "tokens/s",
+                per_second["d"],
+                *beside,
+                cold,
+                cold_bar,
+                over <= 1,
+            ),
+            Line(
+                f"(e) {sequences} sequences, before the first Engram layer: as long as "
+                f"{np.median(first_us) * self._rate / 1e6:,.0f} reads",
+                "us",
+                Samples.of(first_us),
+            ),
+        ]
+
+
+def _copy_rate(device: torch.device, smoke: bool) -> float:
+    """Bytes read and written by a copy on the device, TB/s."""
+    size = 1 << (20 if smoke else 29)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    times = gpu_times([lambda: target.copy_(source)] * 12, device)
+    return 2 * size / float(np.median(times[2:])) / 1e6
+
+
+def _allocated(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    cuda.synchronize()
+    return int(cuda.memory_allocated(device))
 
 
 def _check_embeddings(
@@ -212,59 +273,6 @@ def _check_embeddings(
     for layer in lookup.layers:
         if not torch.equal(found[layer].cpu(), host[layer]):
             raise SystemExit(f"layer {layer}: the device's embeddings differ from the host's")
-
-
-def _lines(
-    times: dict[str, list[float]],
-    sequences: int,
-    shape: Shape,
-    before: list[dict[str, Any]],
-    after: list[dict[str, Any]],
-) -> list[Line]:
-    per_second = {way: [sequences / ms * 1e3 for ms in some] for way, some in times.items()}
-    median = {way: float(np.median(some)) for way, some in per_second.items()}
-    rate = shape.bytes_of_step(sequences) / (float(np.median(times["a"])) * 1e-3) / 1e12
-    names = {
-        "a": f"(a) decoding, {sequences} sequences, no Engram: reads {rate:.2f} TB/s",
-        "b": f"(b) decoding, {sequences} sequences, a small table on the device",
-        "c": f"(c) decoding, {sequences} sequences, engram, all n-grams in RAM or HBM",
-        "d": f"(d) decoding, {sequences} sequences, engram, RAM tier of a tenth, disk cold: "
-        + _told(before, after),
-    }
-    lines = []
-    for way, what in names.items():
-        bar, reached, ratio, beside, beside_name = "", None, None, None, ""
-        if way == "c":
-            ratio = median["c"] / median["b"]
-            beside, beside_name = Samples.of(per_second["b"]), "(b)"
-            to_none = median["c"] / median["a"]
-            bar = f"at least {SMALL_BAR} of (b) and {NONE_BAR} of (a) (it is {to_none:.3f})"
-            reached = ratio >= SMALL_BAR and to_none >= NONE_BAR
-        elif way == "d":
-            ratio = median["d"] / median["b"]
-            beside, beside_name = Samples.of(per_second["b"]), "(b)"
-        lines.append(
-            Line(
-                what,
-                "tokens/s",
-                Samples.of(per_second[way]),
-                beside_name,
-                beside,
-                ratio,
-                bar,
-                reached,
-            )
-        )
-    return lines
-
-
-def _told(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
-    grown = {
-        name: after[0].get(name, 0) - before[0].get(name, 0)
-        for name in ("ngrams_on_device", "ngrams_in_place", "ngrams_staged")
-    }
-    total = max(1, sum(grown.values()))
-    return ", ".join(f"{count / total:.1%} {name[7:]}" for name, count in grown.items())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ step a replay of two captured graphs, before the first Engram layer and from it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,19 +67,36 @@ class _Block(nn.Module):
         size = (2, sequences, shape.kv_heads, shape.context, shape.head_dim)
         self.cache = torch.randn(size, **made)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        shape, count = self.shape, len(hidden)
-        parts = [shape.heads, shape.kv_heads, shape.kv_heads]
-        qkv = self.qkv(self.norm1(hidden)).view(count, -1, 1, shape.head_dim).split(parts, dim=1)
-        self.cache[0, :count, :, -1:] = qkv[1]
-        self.cache[1, :count, :, -1:] = qkv[2]
-        seen = functional.scaled_dot_product_attention(
-            qkv[0], self.cache[0, :count], self.cache[1, :count], enable_gqa=True
+    def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values `[tokens, heads, head_dim]`."""
+        shape = self.shape
+        qkv = self.qkv(self.norm1(hidden)).view(len(hidden), -1, shape.head_dim)
+        parts: tuple[torch.Tensor, ...] = qkv.split(
+            [shape.heads, shape.kv_heads, shape.kv_heads], 1
         )
-        hidden = hidden + self.out(seen.reshape(count, shape.hidden))
+        return parts
+
+    def finish(self, hidden: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """What follows the attention, given what it saw."""
+        hidden = hidden + self.out(seen.reshape(len(hidden), self.shape.hidden))
         gate, up = self.up(self.norm2(hidden)).chunk(2, dim=-1)
-        forward: torch.Tensor = hidden + self.down(functional.silu(gate) * up)
-        return forward
+        finished: torch.Tensor = hidden + self.down(functional.silu(gate) * up)
+        return finished
+
+    def attend(self, qkv: Sequence[torch.Tensor], *, prefill: bool) -> torch.Tensor:
+        """One token of each sequence over its cache, or all tokens of one over those before."""
+        if prefill:
+            query, key, value = (part.transpose(0, 1)[None] for part in qkv)
+            seen = functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=True
+            )
+            return seen[0].transpose(0, 1)
+        query, key, value = qkv
+        count = len(query)
+        self.cache[0, :count, :, -1], self.cache[1, :count, :, -1] = key, value
+        return functional.scaled_dot_product_attention(
+            query.unsqueeze(2), self.cache[0, :count], self.cache[1, :count], enable_gqa=True
+        )
 
 
 Memory = Callable[[int], torch.Tensor] | None
@@ -87,7 +104,7 @@ Memory = Callable[[int], torch.Tensor] | None
 
 
 class Decoder(nn.Module):
-    """Args: shape; sequences, at most; where."""
+    """Args: shape; sequences, at most; where. On a CUDA device all but the attention is compiled."""
 
     def __init__(self, shape: Shape, sequences: int, device: torch.device) -> None:
         super().__init__()
@@ -99,22 +116,34 @@ class Decoder(nn.Module):
             DeepSeekV41Fusion(shape.embed_dim, shape.hidden, 1, **made) for _ in shape.engram_layers
         )
         self.head = _linear(shape.hidden, shape.vocab, device)
+        self._project, self._finish = _Block.project, _Block.finish
+        self._fuse: Any = DeepSeekV41Fusion.forward
+        if device.type == "cuda":
+            self._project = torch.compile(_Block.project, dynamic=False)
+            self._finish = torch.compile(_Block.finish, dynamic=False)
+            self._fuse = torch.compile(DeepSeekV41Fusion.forward, dynamic=False)
 
-    def before(self, ids: torch.Tensor) -> torch.Tensor:
-        """Up to the first Engram layer."""
+    def _through(self, number: int, hidden: torch.Tensor, *, prefill: bool) -> torch.Tensor:
+        block: Any = self.blocks[number]
+        seen = block.attend(self._project(block, hidden), prefill=prefill)
+        return self._finish(block, hidden, seen)
+
+    def before(self, ids: torch.Tensor, *, prefill: bool = False) -> torch.Tensor:
+        """Up to the first Engram layer, ids `[sequences]`, or of one sequence's tokens."""
         hidden: torch.Tensor = self.embed(ids)
         for number in range(self.shape.engram_layers[0]):
-            hidden = self.blocks[number](hidden)
+            hidden = self._through(number, hidden, prefill=prefill)
         return hidden
 
-    def after(self, hidden: torch.Tensor, memory: Memory) -> torch.Tensor:
+    def after(self, hidden: torch.Tensor, memory: Memory, *, prefill: bool = False) -> torch.Tensor:
         """From there on: the ids that come next."""
         for number in range(self.shape.engram_layers[0], self.shape.layers):
             if memory is not None and number in self.shape.engram_layers:
                 which = self.shape.engram_layers.index(number)
-                fused = self.fusions[which](hidden.unsqueeze(-2), memory(which))
+                fused = self._fuse(self.fusions[which], hidden.unsqueeze(-2), memory(which))
                 hidden = fused.squeeze(-2)
-            hidden = self.blocks[number](hidden)
+            hidden = self._through(number, hidden, prefill=prefill)
+        hidden = hidden[-1:] if prefill else hidden
         ids: torch.Tensor = self.head(hidden).argmax(-1).to(torch.int32)
         return ids
 
