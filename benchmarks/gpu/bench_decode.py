@@ -9,11 +9,14 @@ real text, and ids are known only after the step before has ended, as if they we
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +32,7 @@ from report import Line, Samples, save, show
 from run import _table as make_table
 
 import engram
-from engram.bench import drop_cache
+from engram.bench import checksum, drop_cache
 from engram.demo.corpus import source_tokens
 from engram.nn import EngramLookup
 from engram.store.manifest import DATA_FILE
@@ -50,60 +53,82 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rows", type=int, default=320_000, help="of each of the 48 heads, about")
     parser.add_argument("--row-format", default="nf4", help="of the table")
     parser.add_argument(
-        "--tokens", type=int, default=240_000, help="of text; an eighth for prompts"
+        "--tokens", type=int, default=200_000, help="of text; a quarter for prompts"
     )
     parser.add_argument("--hbm", default="2GiB")
     parser.add_argument("--place", type=Path, help="for the table; default: temp")
+    parser.add_argument(
+        "--table", type=Path, help="use the one there, or make it there and keep it"
+    )
     parser.add_argument("--out", type=Path, help="directory for results.json and results.md")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     options = parser.parse_args(arguments)
     if options.smoke:
         options.sequences, options.steps, options.rows, options.hbm = [4, 1], 4, 2_000, "1MiB"
-    lines = run(options)
-    show(lines)
-    if options.out:
-        command = "python benchmarks/gpu/bench_decode.py " + " ".join(arguments)
-        save(options.out, command, lines, device_facts(torch.device(options.device)))
+    place = Path(tempfile.mkdtemp(prefix="engram-bench-", dir=options.place))
+    lines: list[Line] = []
+    steps: dict[int, list[_ColdStep]] = {}
+    try:
+        for measured in run(options, options.table or place / "table", steps):
+            show(measured)
+            lines += measured
+            if options.out:  # after each part, so that one which fails costs only itself
+                command = "python benchmarks/gpu/bench_decode.py " + " ".join(arguments)
+                save(options.out, command, lines, device_facts(torch.device(options.device)))
+                (options.out / "steps.json").write_text(json.dumps(steps) + "\n")
+    finally:
+        shutil.rmtree(place)
 
 
-def run(options: argparse.Namespace) -> list[Line]:
-    """All ways, in turns, for each number of sequences, and for a long prompt."""
+def run(
+    options: argparse.Namespace, path: Path, steps: dict[int, list[_ColdStep]]
+) -> Iterator[list[Line]]:
+    """All ways, in turns, for a long prompt and for each number of sequences.
+
+    Args:
+        path: the table, made there if it is not there.
+        steps: those of (d) are put there.
+    """
     device = torch.device(options.device)
-    shape = Shape()
-    if options.smoke:
-        shape = Shape(4, 128, 4, 2, 256, 129_280, 16, (1, 2))
+    shape = Shape(4, 128, 4, 2, 256, 129_280, 16, (1, 2)) if options.smoke else Shape()
     text = np.concatenate(source_tokens(8_000 if options.smoke else options.tokens))
-    with tempfile.TemporaryDirectory(dir=options.place) as name:
+    if not path.exists():
         began = time.perf_counter()
-        path = make_table(Path(name) / "table", options.rows, options.row_format)
-        data = path / DATA_FILE
-        size = data.stat().st_size
-        note(f"table of {size / 1e9:.1f} GB made in {time.perf_counter() - began:.0f} s")
-        drop_cache(data)
-        rate, by = read_rate(data, 1 if options.smoke else 3)
-        decoder = Decoder(shape, max(options.sequences), device)
-        bench = _Bench(options, decoder, text, rate)
-        lines = [
-            Line(f"random reads of 4 KiB, direct, by {by}", "reads/s", Samples.of([rate])),
-            Line("table", "GB", Samples.of([size / 1e9])),
-            Line("copy on the device", "TB/s", Samples.of([bench.copy_rate])),
-        ]
-        with (
-            engram.open(path, ram=max(8 << 20, 3 * len(text) * 6144), guard=True) as warm,
-            engram.open(path, ram=max(4 << 20, size // 10), guard=True) as cold,
-        ):
-            bench.warm_up(warm, cold)
-            drop_cache(data)
-            lines += bench.compare(warm, cold, data)
-            for table in (warm, cold):
-                for tier in table.stats()["tiers"]:
-                    print(tier)
-    return lines
+        make_table(path, options.rows, options.row_format)
+        note(f"table made in {time.perf_counter() - began:.0f} s")
+    data = path / DATA_FILE
+    size = data.stat().st_size
+    drop_cache(data)
+    rate, by = read_rate(data, 1 if options.smoke else 3)
+    decoder = Decoder(shape, max(options.sequences), device)
+    bench = _Bench(options, decoder, text, rate, steps)
+    yield [
+        Line(f"random reads of 4 KiB, direct, by {by}", "reads/s", Samples.of([rate])),
+        Line("table", "GB", Samples.of([size / 1e9])),
+        Line("copy on the device", "TB/s", Samples.of([bench.copy_rate])),
+    ]
+    with (
+        engram.open(path, ram=max(8 << 20, 3 * len(bench.stream) * 6144), guard=True) as warm,
+        engram.open(path, ram=max(4 << 20, size // 10), guard=True) as cold,
+    ):
+        bench.warm_up(warm, cold, data)
+        yield from bench.compare(warm, cold, data)
+        for table in (warm, cold):
+            for tier in table.stats()["tiers"]:
+                print(tier)
 
 
 def note(what: str) -> None:
     """Tell how far it is."""
     print(what, flush=True)
+
+
+class _ColdStep(NamedTuple):
+    """A step of (d): the part of n-grams that were in RAM or HBM, rows read, how long it took."""
+
+    hits: float
+    rows: int
+    ms: float
 
 
 class _Bench:
@@ -114,24 +139,34 @@ class _Bench:
     """
 
     def __init__(
-        self, options: argparse.Namespace, decoder: Decoder, text: np.ndarray, rate: float
+        self,
+        options: argparse.Namespace,
+        decoder: Decoder,
+        text: np.ndarray,
+        rate: float,
+        steps: dict[int, list[_ColdStep]],
     ) -> None:
         self._options, self._decoder, self._rate = options, decoder, rate
         # The cold table is warmed by the earlier part; later ones are for decoding and prefill.
-        known, decoded = len(text) * 3 // 4, len(text) * 7 // 8
-        self._text, self._known = text, text[:known]
+        known, decoded = len(text) * 5 // 8, len(text) * 6 // 8
+        self.stream, self._known = text[: known // 2], text[:known]
         self._decoded, self._prompts = text[known:decoded], text[decoded:]
         self.copy_rate = _copy_rate(decoder.device, options.smoke)
-        self.steps: dict[int, list[tuple[float, int, float]]] = {}
+        self._steps = steps
 
-    def warm_up(self, warm: engram.Table, cold: engram.Table) -> None:
-        """Look the whole text up in one table, and the earlier part of it in the other."""
-        for table, text in ((warm, self._text), (cold, self._known)):
+    def warm_up(self, warm: engram.Table, cold: engram.Table, data: Path) -> None:
+        """Look the stream up in one table, and all that is to be known in the other.
+
+        Pages are dropped between them: what is found in the page cache is read through a map, and
+        what is mapped cannot be dropped.
+        """
+        for table, text in ((warm, self.stream), (cold, self._known)):
+            drop_cache(data)
             for first in range(HISTORY, len(text), 2048):
                 table.lookup(text[first : first + 2048], None, text[None, first - HISTORY : first])
         note("warmed up")
 
-    def compare(self, warm: engram.Table, cold: engram.Table, data: Path) -> list[Line]:
+    def compare(self, warm: engram.Table, cold: engram.Table, data: Path) -> Iterator[list[Line]]:
         """Prefill and decoding."""
         options, device = self._options, self._decoder.device
         before = _allocated(device)
@@ -140,18 +175,17 @@ class _Bench:
             "d": EngramLookup(cold, device=device, hbm=options.hbm),
         }
         for lookup, table in zip(lookups.values(), (warm, cold), strict=True):
-            _check_embeddings(lookup, table, self._text, device)
+            found = _check_embeddings(lookup, table, self.stream, device)
         taken = (_allocated(device) - before) / 2 / 2**20
-        lines = [Line(f"HBM of one lookup, {options.hbm} configured", "MiB", Samples.of([taken]))]
+        what = f"HBM of one lookup, {options.hbm} configured"
+        yield [Line(what, "MiB", Samples.of([taken]), checksum=found)]
         tokens, rounds = (256, 1) if options.smoke else (8192, 3)
         prefill = Prefill(self._decoder, tokens, lookups)
-        lines += prefill.lines(self._known, self._prompts, rounds, self._rate)
-        note("prefilled")
+        drop_cache(data)
+        yield prefill.lines(self.stream, self._prompts, rounds, self._rate)
         for sequences in options.sequences:
             drop_cache(data)
-            lines += self._decode(sequences, lookups, cold)
-            note(f"decoded {sequences} sequences")
-        return lines
+            yield self._decode(sequences, lookups, cold)
 
     def _decode(
         self, sequences: int, lookups: dict[str, EngramLookup], cold: engram.Table
@@ -170,20 +204,19 @@ class _Bench:
         times: dict[str, list[float]] = {way: [] for way in loops}
         for number in range(2 if options.smoke else 5):
             for way, loop in loops.items():
-                streams = Streams(self._text, sequences, options.steps, 17 * number + sequences)
+                streams = Streams(self.stream, sequences, options.steps, 17 * number + sequences)
                 times[way] += loop.run(streams)[0 if options.smoke else 5 :]
-        self.steps[sequences] = self._cold_steps(Loop(from_out, lookups["d"], out), sequences, cold)
-        times["d"] = [ms for _, _, ms in self.steps[sequences]]
+        self._steps[sequences] = self._cold_steps(
+            Loop(from_out, lookups["d"], out), sequences, cold
+        )
+        times["d"] = [step.ms for step in self._steps[sequences]]
         first_ms = gpu_times([from_out.first] * 9, device)
         return self._lines(times, sequences, first_ms)
 
-    def _cold_steps(
-        self, loop: Loop, sequences: int, cold: engram.Table
-    ) -> list[tuple[float, int, float]]:
-        """Of each step the part of n-grams that were not on disk, rows read, and milliseconds."""
-        steps = max(3, self._options.steps // 3)
+    def _cold_steps(self, loop: Loop, sequences: int, cold: engram.Table) -> list[_ColdStep]:
         found = []
-        for ids, history in Streams(self._decoded, sequences, steps, sequences).steps:
+        streams = Streams(self._decoded, sequences, self._options.steps, sequences)
+        for ids, history in streams.steps:
             before = cold.stats()["tiers"]
             ms = loop.one(ids, history)
             after = cold.stats()["tiers"]
@@ -192,7 +225,8 @@ class _Bench:
                 for name in ("ngrams_on_device", "ngrams_in_place", "ngrams_staged")
             }
             hits = 1 - grown["ngrams_staged"] / max(1, sum(grown.values()))
-            found.append((hits, after[-1]["rows_read"] - before[-1]["rows_read"], ms))
+            rows = after[-1]["rows_read"] - before[-1]["rows_read"]
+            found.append(_ColdStep(hits, rows, ms))
         return found[2:]
 
     def _lines(
@@ -204,10 +238,16 @@ class _Bench:
         compute_ms = float(np.median(times["b"]))
         moved = self._decoder.shape.bytes_of_step(sequences) / np.median(times["a"]) / 1e9
         warm, none = (per_second["c"].median / per_second[way].median for way in "ba")
-        steps = self.steps[sequences]
-        bound = [1.1 * max(compute_ms, rows / self._rate * 1e3) + 0.3 for _, rows, _ in steps]
-        over = float(np.median([ms / most for (_, _, ms), most in zip(steps, bound, strict=True)]))
-        hits, rows = (np.median([step[i] for step in steps]) for i in range(2))
+        steps = self._steps[sequences]
+        over = float(
+            np.median(
+                [
+                    step.ms / (1.1 * max(compute_ms, step.rows / self._rate * 1e3) + 0.3)
+                    for step in steps
+                ]
+            )
+        )
+        hits, rows = np.median([step[:2] for step in steps], axis=0)
         cold = per_second["d"].median / per_second["b"].median
         beside = ("(b)", per_second["b"])
         name = f"decoding, {sequences} sequences"
@@ -266,13 +306,14 @@ def _allocated(device: torch.device) -> int:
 
 def _check_embeddings(
     lookup: EngramLookup, table: engram.Table, text: np.ndarray, device: torch.device
-) -> None:
+) -> str:
     ids = text[100:164].astype(np.int32)
     found = lookup(torch.from_numpy(ids).to(device))
     host = EngramLookup(table)(torch.from_numpy(ids))
     for layer in lookup.layers:
         if not torch.equal(found[layer].cpu(), host[layer]):
             raise SystemExit(f"layer {layer}: the device's embeddings differ from the host's")
+    return checksum(*(host[layer].float().numpy() for layer in lookup.layers))
 
 
 if __name__ == "__main__":

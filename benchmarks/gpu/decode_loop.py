@@ -46,9 +46,9 @@ class Loop:
         self._on_cuda = step.ids.device.type == "cuda"
         sequences = len(step.ids)
         self._starts = torch.arange(sequences + 1, dtype=torch.int32)
-        pinned = {"pin_memory": self._on_cuda}
-        self._there = torch.empty(sequences, dtype=step.ids.dtype, **pinned)
-        self._back = torch.empty(sequences, dtype=torch.int32, **pinned)
+        pinned = self._on_cuda
+        self._there = torch.empty(sequences, dtype=step.ids.dtype, pin_memory=pinned)
+        self._back = torch.empty(sequences, dtype=torch.int32, pin_memory=pinned)
         self._free: Any = None
 
     def run(self, streams: Streams) -> list[float]:

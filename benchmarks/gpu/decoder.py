@@ -104,7 +104,10 @@ Memory = Callable[[int], torch.Tensor] | None
 
 
 class Decoder(nn.Module):
-    """Args: shape; sequences, at most; where. On a CUDA device all but the attention is compiled."""
+    """On a CUDA device all but the attention is compiled.
+
+    Args: shape; sequences, at most; where.
+    """
 
     def __init__(self, shape: Shape, sequences: int, device: torch.device) -> None:
         super().__init__()
