@@ -99,10 +99,17 @@ class StepHooks:
         cache = given.get("past_key_values")
         if ids is not None:
             ids = _masked(module.config, ids, given.get("attention_mask"), cache)
-        self._shared.open(ids, cached_ids(cache, self._shared.layers))
+        layers = self._shared.layers
+        self._shared.open(ids, cached_ids(cache, layers), _shared_dtype(module, layers))
 
     def leave(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         self._shared.close()
+
+
+def _shared_dtype(text_model: Any, layers: tuple[int, ...]) -> torch.dtype:
+    """What all layers ask for; float32, from which each can round, where they differ."""
+    first, *others = {text_model.layers[layer].ple.ple_embedding.dtype for layer in layers}
+    return torch.float32 if others else first
 
 
 def _masked(config: Any, ids: torch.Tensor, mask: Any, cache: Any) -> torch.Tensor:

@@ -3,8 +3,11 @@
 How layers that know nothing of each other share it
 
 1. A hook at the model's entry opens a step. If it can tell the ids the layers will get, it copies
-   them and the history before them to the host and starts a prefetch.
-2. The first layer that asks reads the rows of all layers; the others take theirs from the step.
+   them and the history before them to the host. With a GPU tier it then prepares the embeddings of
+   all layers, beside which the device computes what comes before the first of them; without, it
+   starts a prefetch.
+2. The first layer that asks reads the rows of all layers, unless they are prepared; the others take
+   theirs from the step.
 3. A layer belongs to the step if it asks for the first time and its ids and history are the very
    tensors the step was opened with, or else if they hold the same numbers. One that does not
    belong is looked up by itself: sharing saves time and never decides what a layer gets.
@@ -22,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engram.gpu.tier import GpuTier
 from engram.nn._lookup import LayerRows, TableRef, read
 from engram.nn._prepared import Prepared, gpu_tier, prepare
 from engram.tiers import Selection
@@ -84,6 +88,7 @@ def _last(before: Int64s, blank: Int64s) -> Int64s:
 
 @dataclass
 class _Step:
+    dtype: torch.dtype
     request: Request | None = None
     rows: LayerRows | Prepared | None = None
     served: set[int] = field(default_factory=set)
@@ -104,6 +109,7 @@ class SharedLookup:
         self._ref = TableRef(table)
         self._hbm = hbm
         self.layers = layers
+        self._selection = Selection.of(table.spec, layers)
         self.width = table.spec.max_order - 1
         self._steps: dict[int, _Step] = {}
 
@@ -115,15 +121,29 @@ class SharedLookup:
         return self._ref.table
 
     @torch.compiler.disable
-    def open(self, ids: torch.Tensor | None, states: States) -> None:
-        """Begin a step of this thread, and a prefetch if the ids are known already."""
-        step = self._steps[threading.get_ident()] = _Step()
+    def open(
+        self, ids: torch.Tensor | None, states: States, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Begin a step of this thread, and what brings its rows if the ids are known already.
+
+        Args:
+            ids: that the layers will get.
+            states: that they will get.
+            dtype: that all of them will ask for; float32 where they differ.
+
+        Raises: as `Table.lookup`.
+        """
+        step = self._steps[threading.get_ident()] = _Step(dtype)
         if ids is None:
             return
         step.request = Request.of(ids, states, self.width)
         history = step.request.shared_history()
-        if history is not None:
+        if history is None:
+            return
+        if self._tier(self.layers, ids.device) is None:
             self.table.prefetch(step.request.tokens, history=history)
+        else:
+            step.rows = self._read(step.request, self.layers, history, dtype)
 
     @torch.compiler.disable
     def close(self) -> None:
@@ -138,12 +158,15 @@ class SharedLookup:
         step = self._steps.get(threading.get_ident())
         if step is None:
             request = Request.of(ids, {layer: states[layer]}, self.width)
-            rows = self._read(request, (layer,), request.history[layer])
+            rows = self._read(request, (layer,), request.history[layer], dtype)
             return rows.decode(layer, dtype, ids.device)
         request = self._join(step, layer, ids, states)
-        if step.rows is None and request.shared_history() is not None:
-            step.rows = self._read(request, self.layers, request.history[layer])
-        rows = step.rows or self._read(request, (layer,), request.history[layer])
+        # What was rounded for others is not what this layer asks for.
+        fits = step.dtype in (dtype, torch.float32)
+        if step.rows is None and fits and request.shared_history() is not None:
+            step.rows = self._read(request, self.layers, request.history[layer], step.dtype)
+        shared = step.rows if fits else None
+        rows = shared or self._read(request, (layer,), request.history[layer], dtype)
         return rows.decode(layer, dtype, ids.device)
 
     def _join(self, step: _Step, layer: int, ids: torch.Tensor, states: States) -> Request:
@@ -161,17 +184,19 @@ class SharedLookup:
         step.request, step.rows = own, None
         return own
 
-    def _read(
-        self, request: Request, layers: tuple[int, ...], history: Int64s
-    ) -> LayerRows | Prepared:
-        batch = {"starts": None, "history": history, "dead": None}
-        device = request.ids.device
-        columns = self.table.columns
-        selection = Selection.of(self.table.spec, layers)
+    def _tier(self, layers: tuple[int, ...], device: torch.device) -> GpuTier | None:
+        if layers == self.layers:
+            return gpu_tier(self.table, self._selection, device, self._hbm)
         # A layer that reads by itself does so rarely: no device memory for that.
-        hbm = self._hbm if layers == self.layers else 0
-        tier = gpu_tier(self.table, selection, device, hbm)
+        return gpu_tier(self.table, Selection.of(self.table.spec, layers), device, 0)
+
+    def _read(
+        self, request: Request, layers: tuple[int, ...], history: Int64s, dtype: torch.dtype
+    ) -> LayerRows | Prepared:
+        device = request.ids.device
+        tier = self._tier(layers, device)
         if tier is not None:
             given = self.table.spec.batch(request.tokens, history=history)
-            return prepare(tier, given.windows, given.shape, layers, torch.float32, None)
-        return read(self.table, request.tokens, batch, layers, columns, torch.float32, device)
+            return prepare(tier, given.windows, given.shape, layers, dtype, None)
+        batch = {"starts": None, "history": history, "dead": None}
+        return read(self.table, request.tokens, batch, layers, self.table.columns, dtype, device)

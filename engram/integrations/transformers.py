@@ -41,6 +41,11 @@ def offload(model: Model, table: Table, *, check_rows: bool = True, hbm: int | s
     the ids at the text model's entry. Memory is freed as soon as nobody else holds the model's
     `ngram_embedding` weights (a state dict taken before does).
 
+    On a CUDA device the embeddings of all layers are gathered on a stream of their own, from the
+    model's entry on, beside the layers before the first that needs them. The host waits once a
+    forward for a copy of the ids from the device, and once more where padding is masked; so no
+    CUDA graph can hold a forward. (`engram.nn.EngramLookup.prepare` fills buffers for graphs.)
+
     A copy of the model shares the table. The table must stay open while the model is used.
     `save_pretrained` is refused afterwards, because a checkpoint without the table would load with
     random rows; with `state_dict=model.state_dict()` it saves everything else, for
@@ -53,7 +58,8 @@ def offload(model: Model, table: Table, *, check_rows: bool = True, hbm: int | s
             weights they stand in for.
         check_rows: compare 64 rows of each layer with the model's before freeing those. Quantized
             rows and weights on the meta device are never compared.
-        hbm: memory on the model's CUDA device for n-grams that come again, like `"2GiB"`.
+        hbm: memory on the model's CUDA device for n-grams that come again, like `"2GiB"`. More than
+            the device has free is refused by the first forward.
 
     Returns:
         `model`.
@@ -61,6 +67,7 @@ def offload(model: Model, table: Table, *, check_rows: bool = True, hbm: int | s
     Raises:
         ModelError: not such a model, one without n-gram layers, or one offloaded before.
         SpecMismatchError: the table was made for another model, with the field named.
+        ConfigError: `hbm` is no size.
         The model is unchanged after an error.
     """
     text_model = _qwen4_exp.text_model_of(model)
@@ -95,6 +102,7 @@ def load_offloaded(
     table: Table,
     *,
     model_class: type[PreTrainedModel] | None = None,
+    hbm: int | str = 0,
     **from_pretrained: Any,
 ) -> Any:
     """Load a checkpoint without its n-gram tables, which are never read nor given memory.
@@ -104,7 +112,7 @@ def load_offloaded(
 
     Args:
         checkpoint: directory or name, as for `from_pretrained`.
-        table: as for `offload`.
+        table, hbm: as for `offload`.
         model_class: what to load; by default what the checkpoint's config names.
         from_pretrained: passed on, for example `dtype`, `device_map` or `revision`.
 
@@ -119,7 +127,7 @@ def load_offloaded(
 
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         chosen.__init__(self, *args, **kwargs)
-        offload(self, table)
+        offload(self, table, hbm=hbm)
 
     ignored = [*(chosen._keys_to_ignore_on_load_unexpected or []), r"\.ple_embedding\."]
     members = {"__init__": build, "_keys_to_ignore_on_load_unexpected": ignored}

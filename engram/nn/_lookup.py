@@ -218,7 +218,9 @@ class EngramLookup(nn.Module):
         device does. Call `wait` on the result at the first layer that needs them.
 
         With a captured CUDA graph, pass the same `out` for each replay, which the graph reads:
-        `prepare(tokens, out=out).wait(); graph.replay()`.
+        `prepare(tokens, out=out).wait(); graph.replay()`. Capture with
+        `capture_error_mode="thread_local"` once a step was prepared: threads of the GPU tier ask
+        the device meanwhile what has ended.
 
         Args:
             tokens, starts, history, dead: as for `forward`; on the host, or the step waits for
