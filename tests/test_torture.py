@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from engram.errors import ConfigError
 from engram.store.writer import build_table
 from engram.torture import leaks
 from engram.torture.checker import Checker
-from engram.torture.client import WORKS, Client, Told
+from engram.torture.client import Client, Told
 from engram.torture.plan import Agenda, Plan, moments
 from engram.torture.reports import Reporter, resources
 from engram.torture.table import TortureTable
@@ -55,7 +54,7 @@ def test_nobody_minds_being_killed(table):
 
 def _works(table, opened, table_seed):
     told = Told(0, "", "", table_seed, 1, 2, "direct", rehearses=True)
-    return list(itertools.islice(Client(opened, told).works(), WORKS))
+    return Client(opened, told).works.each
 
 
 def test_every_kind_of_work_finds_right_rows_right_and_wrong_rows_wrong(table):

@@ -7,10 +7,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,10 +25,9 @@ from engram.torture.checker import Checker, different_rows
 from engram.torture.held import HeldSlots
 from engram.torture.reports import Reporter, Watch, described, resources
 from engram.torture.traffic import PREFILL_TOKENS, Batch, Traffic
+from engram.torture.works import InThreadError, Work, Works, together
 
 LOOKUP_TIMEOUT_S = 10.0
-WORKS = 9
-"""Kinds of work."""
 _RETRY_S = 0.1
 _RESOURCES_EVERY_S = 1.0
 _PREFETCHES_KEPT = 4
@@ -63,8 +63,17 @@ class Told:
         return cls(**{field.name: facts[field.name] for field in fields(cls)})
 
 
-class InThreadError(EngramError):
-    """An error of another thread, as `described`."""
+class Worker(Protocol):
+    """What `run` has work.
+
+    Attributes:
+        works: its kinds of work.
+    """
+
+    works: Works
+
+    def counts(self) -> dict[str, Any]:
+        """Of its own, for the reports."""
 
 
 class _Room:
@@ -90,7 +99,7 @@ class Client:
     """The work of one client on an open table.
 
     Attributes:
-        dropped: how often what was read in place turned out void.
+        works: its kinds of work.
     """
 
     def __init__(self, table: Table, told: Told) -> None:
@@ -98,32 +107,28 @@ class Client:
         self._rng = np.random.default_rng([told.seed, told.serial])
         self._traffic = Traffic(table.spec, self._rng, told.traffic_seed)
         self._told = told
-        self.dropped = 0
+        self._dropped = 0
         self._prefetches: list[Prefetch] = []
         self._rooms = [_Room(table) for _ in range(3)]
         self._checked = threading.local()
-        works = (
-            (30, self.prefill),
-            (30, self.decode),
-            (15, self.part),
-            (8, self.prefetched),
-            (5, self.cancelled),
-            (7, self.held),
-            (3, self.rows_by_id),
-            (2, self.together),
-            (5, self.repeated),
+        self.works = Works(
+            self._rng,
+            (
+                (30, self.prefill),
+                (30, self.decode),
+                (15, self.part),
+                (8, self.prefetched),
+                (5, self.cancelled),
+                (7, self.held),
+                (3, self.rows_by_id),
+                (2, self.together),
+                (5, self.repeated),
+            ),
         )
-        assert len(works) == WORKS
-        self._works: list[Callable[[], tuple[int, int]]] = [work for _, work in works]
-        weights = np.array([weight for weight, _ in works], np.float64)
-        self._weights = weights / weights.sum()
 
-    def works(self) -> Iterator[Callable[[], tuple[int, int]]]:
-        """Without end: functions that look up and check; each gives rows checked and wrong."""
-        if self._told.rehearses:
-            yield from self._works
-        while True:
-            yield self._works[self._rng.choice(len(self._works), p=self._weights)]
+    def counts(self) -> dict[str, Any]:
+        """How often what was read in place turned out void."""
+        return {"dropped": self._dropped}
 
     def prefill(self) -> tuple[int, int]:
         """A long lookup."""
@@ -175,7 +180,7 @@ class Client:
             if not read:
                 raise
             # A sidecar that was still alive ended the lease: what was read in place is void.
-            self.dropped += 1
+            self._dropped += 1
             return checked, wrong
         columns = slots.columns
         for rows in readings:
@@ -194,24 +199,9 @@ class Client:
     def together(self) -> tuple[int, int]:
         """Two lookups by two threads at once."""
         batches = [self._batch(), self._batch()]
-        found: list[tuple[int, int]] = []
-        failed: list[str] = []
-
-        def work(number: int) -> None:
-            try:
-                found.append(self._look_up(batches[number], room=number))
-            except Exception as error:
-                # Not the error itself: in this frame it would keep alive what its lookup held.
-                failed.append(described(error))
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failed:
-            raise InThreadError(failed[0])
-        return sum(rows for rows, _ in found), sum(wrong for _, wrong in found)
+        return together(
+            [partial(self._look_up, batch, room=room) for room, batch in enumerate(batches)]
+        )
 
     def repeated(self) -> tuple[int, int]:
         """What is frequent, again and again: little but copying, while others evict."""
@@ -274,11 +264,12 @@ class _Stopping(threading.Event):
         self.set()
 
 
-def run(facts: dict[str, Any]) -> None:
+def run(facts: dict[str, Any], worker: Callable[[Table, Told], Worker] = Client) -> None:
     """Connect, and work until SIGTERM.
 
     Args:
         facts: fields of `Told`.
+        worker: makes what works.
     """
     told, stopping = Told.of(facts), _Stopping()
     reporter = Reporter(told.serial)
@@ -287,9 +278,9 @@ def run(facts: dict[str, Any]) -> None:
     table = _connect(told, reporter, stopping)
     if table is not None:
         with table:
-            watch = Watch(lambda: table.stats()["tiers"][0], reporter)
+            watch = Watch(lambda: _attached(table), reporter)
             watch.start()
-            _work(table, told, reporter, stopping)
+            _Shift(table, worker(table, told), reporter, stopping).work(told)
             watch.end()
     reporter.say("stopped")
 
@@ -309,12 +300,35 @@ def _connect(told: Told, reporter: Reporter, stopping: threading.Event) -> Table
     return None
 
 
-def _work(table: Table, told: Told, reporter: Reporter, stopping: threading.Event) -> None:
-    looked_at = 0.0
-    client = Client(table, told)
-    for work in client.works():
-        if stopping.is_set():
-            return
+def _attached(table: Table) -> dict[str, Any]:
+    """Counters of the tier that is attached to the sidecar."""
+    tiers: list[dict[str, Any]] = table.stats()["tiers"]
+    return next(tier for tier in tiers if tier["tier"] == "attached")
+
+
+class _Shift:
+    """Has a worker work, and tells of each piece."""
+
+    def __init__(
+        self, table: Table, worker: Worker, reporter: Reporter, stopping: threading.Event
+    ) -> None:
+        self._table = table
+        self._worker = worker
+        self._reporter = reporter
+        self._stopping = stopping
+        self._looked_at = 0.0
+
+    def work(self, told: Told) -> None:
+        """Until it is to stop."""
+        works = self._worker.works
+        if told.rehearses:
+            for work in works.each:
+                self._do(work)
+            self._reporter.say("rehearsed")
+        while not self._stopping.is_set():
+            self._do(works.any())
+
+    def _do(self, work: Work) -> None:
         began = time.monotonic()
         facts: dict[str, Any] = {"what": work.__name__, "rows": 0, "wrong": 0}
         try:
@@ -323,10 +337,10 @@ def _work(table: Table, told: Told, reporter: Reporter, stopping: threading.Even
             facts["failed"] = str(error)
         except EngramError as error:
             facts["failed"] = described(error)
-        tier = table.stats()["tiers"][0]
+        tier = _attached(self._table)
         counts = {name: tier[name] for name in ("hits", "misses", "fetches", "read_directly")}
-        counts["dropped"] = client.dropped
-        reporter.say("worked", seconds=time.monotonic() - began, **facts, **counts)
-        if began - looked_at > _RESOURCES_EVERY_S:
-            looked_at = began
-            reporter.say("resources", **resources())
+        counts |= self._worker.counts()
+        self._reporter.say("worked", seconds=time.monotonic() - began, **facts, **counts)
+        if began - self._looked_at > _RESOURCES_EVERY_S:
+            self._looked_at = began
+            self._reporter.say("resources", **resources())

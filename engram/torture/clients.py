@@ -20,6 +20,8 @@ class ClientState:
         place: which of the plan's clients it is; its successor has the same.
         heard_at: when it last said something, or was last continued.
         attached_at: when it last attached, or 0.
+        pieces: of work it did.
+        rehearsed: whether it has done each kind of work once, as told.
         stopped: by SIGSTOP.
         ending: told to end, or killed.
     """
@@ -28,6 +30,8 @@ class ClientState:
     place: int
     heard_at: float = field(default_factory=time.monotonic)
     attached_at: float = 0.0
+    pieces: int = 0
+    rehearsed: bool = False
     stopped: bool = False
     ending: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -73,3 +74,26 @@ def shm_names() -> set[str]:
     if not _SHM.is_dir():
         return set()
     return {name for name in os.listdir(_SHM) if "engram" in name}
+
+
+def left_behind(name: str, inodes: set[int], names_before: set[str]) -> list[str]:
+    """What is wrong after a run, once its processes had time to go; sentences.
+
+    Args:
+        name: in the command lines of its processes.
+        inodes: of its shared memory.
+        names_before: `shm_names` before it.
+    """
+    problems = []
+    for _ in range(20):
+        processes, mappers = processes_named(name), mappers_of(inodes)
+        if not processes and not mappers:
+            break
+        time.sleep(0.1)
+    if processes:
+        problems.append(f"{len(processes)} processes were left behind")
+    if mappers:
+        problems.append(f"{len(mappers)} processes still map shared memory of the run")
+    if names := shm_names() - names_before:
+        problems.append(f"left in /dev/shm: {', '.join(sorted(names))}")
+    return problems

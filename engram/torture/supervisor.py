@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from engram.torture import leaks
-from engram.torture.client import WORKS
 from engram.torture.clients import Clients, ClientState
 from engram.torture.plan import Agenda, Plan, moments
 from engram.torture.processes import NurseryProcess, SidecarProcess
@@ -28,6 +27,7 @@ TABLE = "torture"
 _START_S_MAX = 60.0
 _REHEARSAL_S_MAX = 300.0
 _SETTLE_S = 1.0
+_PIECES_ALONE = 9
 _WARM_UP_S = 1.5
 _READY_S_MIN = 2.0
 _PERIOD_S = 0.5
@@ -61,7 +61,7 @@ def torture(plan: Plan, progress: Progress | None = None) -> Tally:
             tally.problems.append(str(error))
         finally:
             run.end()
-        tally.problems += _left_behind(place, run.shared_inodes, names_before)
+        tally.problems += leaks.left_behind(str(place), run.shared_inodes, names_before)
         tally.shared_memory = (shared_before, leaks.shared_memory_bytes())
         tally.judge(plan)
         if tally.problems:
@@ -76,22 +76,6 @@ def _table(plan: Plan, place: Path) -> TortureTable:
     if path.exists():
         return TortureTable.at(path)
     return TortureTable.make(path, plan.size, plan.seed)
-
-
-def _left_behind(place: Path, inodes: set[int], names_before: set[str]) -> list[str]:
-    problems = []
-    for _ in range(20):
-        processes, mappers = leaks.processes_named(str(place)), leaks.mappers_of(inodes)
-        if not processes and not mappers:
-            break
-        time.sleep(0.1)
-    if processes:
-        problems.append(f"{len(processes)} processes were left behind")
-    if mappers:
-        problems.append(f"{len(mappers)} processes still map shared memory of the run")
-    if names := leaks.shm_names() - names_before:
-        problems.append(f"left in /dev/shm: {', '.join(sorted(names))}")
-    return problems
 
 
 class _Run:
@@ -148,21 +132,23 @@ class _Run:
         there for all processes, and nobody is taken to hang who compiles."""
         self._start_sidecar()
         self._until(lambda: self._ready, _REHEARSAL_S_MAX, "the sidecar does not start")
-        client = self._clients.start(0, rehearses=True)
+        clients = [self._clients.start(0, rehearses=True)]
         self._until(
-            lambda: len(self.tally.work) == WORKS, _REHEARSAL_S_MAX, "the first client gets nowhere"
+            lambda: all(client.rehearsed for client in clients),
+            _REHEARSAL_S_MAX,
+            "the first client gets nowhere",
         )
         self._end_sidecar()
         if self._plan.on_unavailable == "direct":
-            done = self.tally.work.total()
+            goals = [(client, client.pieces + _PIECES_ALONE) for client in clients]
             self._until(
-                lambda: self.tally.work.total() > done + WORKS,
+                lambda: all(client.pieces > goal for client, goal in goals),
                 _REHEARSAL_S_MAX,
                 "the first client gets nowhere without a sidecar",
             )
         self._start_sidecar()
         self._until(
-            lambda: self._ready and self._attached(client),
+            lambda: self._ready and all(map(self._attached, clients)),
             _REHEARSAL_S_MAX,
             "the first client is not attached again",
         )
@@ -319,7 +305,11 @@ class _Run:
         if self._waiting_fetch.pop(client.serial, None) and self._sidecar is not None:
             self.tally.fetches_s.append(max(0.0, told["at"] - self._sidecar.ready_at))
 
+    def _client_rehearsed(self, client: ClientState, told: dict[str, Any]) -> None:
+        client.rehearsed = True
+
     def _client_worked(self, client: ClientState, told: dict[str, Any]) -> None:
+        client.pieces += 1
         self.tally.worked(told)
 
     def _client_resources(self, client: ClientState, told: dict[str, Any]) -> None:
