@@ -13,6 +13,7 @@ from conftest import small_v41
 from test_cli import engram
 
 from engram.errors import ConfigError
+from engram.rows import ROW_FORMATS
 from engram.store.writer import build_table
 from engram.torture import leaks
 from engram.torture.checker import Checker
@@ -52,21 +53,24 @@ def test_nobody_minds_being_killed(table):
     assert facts["counts"]["read_directly"] > 0
 
 
-def _works(table, opened, table_seed):
-    told = Told(0, "", "", table_seed, 1, 2, "direct", rehearses=True)
-    return Client(opened, told).works.each
+def _told(table_seed):
+    return Told(0, "", "", table_seed, 1, 2, "direct", rehearses=True)
+
+
+def _works(opened, table_seed):
+    return Client(opened, _told(table_seed)).works.each
 
 
 def test_every_kind_of_work_finds_right_rows_right_and_wrong_rows_wrong(table):
     import engram as package
 
     with package.open(table.path, ram="1MiB") as opened:
-        _works(table, opened, table.seed)[0]()  # else nothing could be read in place
-        for work in _works(table, opened, table.seed):
+        _works(opened, table.seed)[0]()  # else nothing could be read in place
+        for work in _works(opened, table.seed):
             checked, wrong = work()
             assert wrong == 0, work.__name__
             assert checked > 0 or work.__name__ == "cancelled"
-        for work in _works(table, opened, table.seed ^ 1):
+        for work in _works(opened, table.seed ^ 1):
             checked, wrong = work()
             assert wrong == checked, work.__name__
 
@@ -108,8 +112,19 @@ def test_traffic_repeats_itself_for_a_seed_and_shares_what_is_frequent(table):
     assert any(batch.dead is not None for batch in batches)
 
 
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_tables_of_any_row_format(row_format, tmp_path):
+    import engram as package
+
+    table = TortureTable.make(tmp_path / "t", 12 << 20, 3, row_format)
+    assert 12 << 20 < table.row_bytes < 24 << 20
+    with package.open(table.path, ram="1MiB") as opened:
+        assert opened.row_format.name == row_format
+        assert Client(opened, _told(table.seed)).decode()[1] == 0
+
+
 def test_only_synthetic_tables_can_be_checked(table, tmp_path):
-    with pytest.raises(ConfigError, match="4MiB"):
+    with pytest.raises(ConfigError, match="10MiB"):
         TortureTable.make(tmp_path / "t", 1000, 0)
     build_table(tmp_path / "other", SCHEMA, array_source())
     with pytest.raises(ConfigError, match="no synthetic table"):

@@ -38,6 +38,11 @@ def register(app: typer.Typer) -> None:
             metavar="DIR",
         ),
         size: str = typer.Option("192MiB", help="Size of a table that is made.", metavar="SIZE"),
+        row_format: str = typer.Option(
+            "fp8-ue8m0",
+            help="Of a table that is made: bf16, fp16, fp32, fp8-ue8m0, fp8, nvfp4 or nf4.",
+            metavar="FORMAT",
+        ),
         recovery_max: float = typer.Option(
             1.0, min=0.0, help="Seconds that clients may take to attach to a new sidecar."
         ),
@@ -52,11 +57,14 @@ def register(app: typer.Typer) -> None:
         Example: engram torture --minutes 1 --clients 4 --seed 7
         """
         from engram.errors import ConfigError
+        from engram.rows import ROW_FORMATS
         from engram.sizes import parse_size
         from engram.torture.plan import Plan
 
         if on_unavailable not in ("direct", "wait", "fail"):
             raise ConfigError(f"--on-unavailable {on_unavailable}: use direct, wait or fail")
+        if row_format not in ROW_FORMATS:
+            raise ConfigError(f"--row-format {row_format}: use one of {', '.join(ROW_FORMATS)}")
         plan = Plan(
             seconds=60 * minutes,
             clients=clients,
@@ -68,6 +76,7 @@ def register(app: typer.Typer) -> None:
             seed=seed,
             table=table,
             size=parse_size(size),
+            row_format=row_format,
             recovery_s_max=recovery_max,
         )
         raise typer.Exit(_run(plan, as_json))

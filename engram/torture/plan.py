@@ -28,6 +28,7 @@ class Plan:
         seed: of every random choice.
         table: use the table there, or make it there; in a temporary directory when None.
         size: bytes of the table's rows, if it is made.
+        row_format: of a table that is made.
         table_seed: what clients believe; the table's own when None.
         hang_after_s: silence of a client that counts as hanging.
         recovery_s_max: from a sidecar's being ready to clients' being attached.
@@ -43,6 +44,7 @@ class Plan:
     seed: int = 0
     table: Path | None = None
     size: int = 192 << 20
+    row_format: str = "fp8-ue8m0"
     table_seed: int | None = None
     hang_after_s: float = 30.0
     recovery_s_max: float = 1.0

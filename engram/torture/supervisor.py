@@ -75,7 +75,7 @@ def _table(plan: Plan, place: Path) -> TortureTable:
     path = plan.table or place / "table"
     if path.exists():
         return TortureTable.at(path)
-    return TortureTable.make(path, plan.size, plan.seed)
+    return TortureTable.make(path, plan.size, plan.seed, plan.row_format)
 
 
 class _Run:

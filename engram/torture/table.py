@@ -17,6 +17,8 @@ from engram.store.writer import build_table
 
 _TOKENS, _CANONICAL = 16_384, 12_000
 _ROWS_MIN = 200
+_GLOBAL_SCALE = 0.37
+"""Rounds nearly every product, so that a device which rounds otherwise is seen."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,16 @@ class TortureTable:
         return cls(path, manifest.table_seed, _row_bytes(manifest))
 
     @classmethod
-    def make(cls, path: Path, size: int, seed: int) -> TortureTable:
-        """Build one of about `size` bytes."""
-        spec = _spec(size)
-        schema = schema_of(spec, RowFormat("fp8-ue8m0", spec.dim))
+    def make(cls, path: Path, size: int, seed: int, row_format: str = "fp8-ue8m0") -> TortureTable:
+        """Build one of about `size` bytes.
+
+        Args:
+            row_format: one of `engram.rows.ROW_FORMATS`.
+        """
+        global_scale = _GLOBAL_SCALE if row_format in ("fp8", "nvfp4") else None
+        stored = RowFormat(row_format, _spec(_ROWS_MIN).dim, global_scale)
+        spec = _spec(_rows_of(size, stored))
+        schema = schema_of(spec, stored)
         build_table(path, schema, SyntheticSource(schema, seed))
         return cls.at(path)
 
@@ -61,12 +69,16 @@ def _row_bytes(manifest: Manifest) -> int:
     return sum(rows for _, rows in manifest.layers) * manifest.row_format.row_bytes
 
 
-def _spec(size: int) -> NgramSpec:
+def _rows_of(size: int, row_format: RowFormat) -> int:
+    """Rows a head of a table of `size` bytes."""
+    tiny = _spec(_ROWS_MIN)
+    rows = size // (len(tiny.layers) * tiny.num_columns * row_format.row_bytes)
+    if rows < _ROWS_MIN:
+        raise ConfigError(f"a table of {size} bytes is too small; give it at least 10MiB")
+    return rows
+
+
+def _spec(rows: int) -> NgramSpec:
     token_map = np.random.default_rng(0).integers(0, _CANONICAL, _TOKENS).astype(np.int32)
     token_map[:_CANONICAL] = np.arange(_CANONICAL)
-    tiny = NgramSpec.deepseek_v41(tokenizer=token_map, engram_vocab_size=_ROWS_MIN)
-    columns = len(tiny.layers) * tiny.num_columns
-    rows = size // (columns * RowFormat("fp8-ue8m0", tiny.dim).row_bytes)
-    if rows < _ROWS_MIN:
-        raise ConfigError(f"a table of {size} bytes is too small; give it at least 4MiB")
     return NgramSpec.deepseek_v41(tokenizer=token_map, engram_vocab_size=rows)
