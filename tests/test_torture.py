@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 
 import numpy as np
 import pytest
+import torch
 from array_source import SCHEMA, array_source
 from conftest import small_v41
+from python_process import run_python
 from test_cli import engram
 
 from engram.errors import ConfigError
+from engram.gpu.gather import Gather
 from engram.rows import ROW_FORMATS
 from engram.store.writer import build_table
 from engram.torture import leaks
 from engram.torture.checker import Checker
 from engram.torture.client import Client, Told
+from engram.torture.gpu_client import GpuClient
 from engram.torture.plan import Agenda, Plan, moments
 from engram.torture.reports import Reporter, resources
 from engram.torture.table import TortureTable
@@ -53,12 +58,39 @@ def test_nobody_minds_being_killed(table):
     assert facts["counts"]["read_directly"] > 0
 
 
+def test_nobody_minds_being_killed_on_the_gpu_tier(table):
+    done = engram(
+        *("torture", "--minutes", 0.12, "--clients", 2, "--gpu-clients", 1, "--gpu-device", "cpu"),
+        *("--kill-sidecar-every", 3, "--kill-client-every", 2.5, "--stop-client-every", 3),
+        *("--table", table.path, "--recovery-max", SLOW_MACHINE_S, "--json"),
+    )
+    facts = json.loads(done.stdout)
+    assert done.returncode == 0, facts
+    assert facts["rows_wrong"] == 0
+    assert facts["lookups_failed"] == {}
+    assert facts["faults"]["sidecar killed"] >= 1
+    gpu = facts["gpu"]
+    assert gpu["devices"] == ["cpu"]
+    assert 10_000 < gpu["rows_checked"] < facts["rows_checked"]
+    assert 0 < gpu["lookups"] < facts["lookups"]
+    assert gpu["ngrams_on_device"] > 0
+    assert gpu["ngrams_in_place"] > 0
+    assert gpu["ngrams_staged"] > 0
+
+
+def test_torch_is_imported_for_clients_of_the_gpu_tier_only():
+    run_python(
+        "import sys, engram.torture.supervisor, engram.torture.nursery\n"
+        "assert 'torch' not in sys.modules"
+    )
+
+
 def _told(table_seed):
-    return Told(0, "", "", table_seed, 1, 2, "direct", rehearses=True)
+    return Told(0, "", "", table_seed, 1, 2, "direct", False, "cpu", rehearses=True)
 
 
-def _works(opened, table_seed):
-    return Client(opened, _told(table_seed)).works.each
+def _works(opened, table_seed, worker=Client):
+    return worker(opened, _told(table_seed)).works.each
 
 
 def test_every_kind_of_work_finds_right_rows_right_and_wrong_rows_wrong(table):
@@ -73,6 +105,40 @@ def test_every_kind_of_work_finds_right_rows_right_and_wrong_rows_wrong(table):
         for work in _works(opened, table.seed ^ 1):
             checked, wrong = work()
             assert wrong == checked, work.__name__
+
+
+def test_every_kind_of_step_finds_right_rows_right_and_wrong_rows_wrong(table):
+    import engram as package
+
+    with package.open(table.path, ram="1MiB") as opened:
+        for work in _works(opened, table.seed, GpuClient):
+            checked, wrong = work()
+            assert wrong == 0, work.__name__
+            assert checked > 0 or work.__name__ in ("gpu_cancelled", "gpu_empty")
+        for work in _works(opened, table.seed ^ 1, GpuClient):
+            checked, wrong = work()
+            assert wrong == checked, work.__name__
+
+
+@pytest.mark.parametrize("where", ["embeddings", "device memory"])
+def test_one_wrong_bit_of_a_step_is_found(table, where, monkeypatch):
+    import engram as package
+
+    gather = Gather.__call__
+
+    def false_gather(self, addresses, out, *arguments, kept):
+        gather(self, addresses, out, *arguments, kept=kept)
+        if where == "embeddings" and out is not None and out.numel():
+            out[0].view(torch.uint8).view(-1)[77] ^= 0x10
+        elif where == "device memory" and kept:
+            slots = addresses[1][addresses[1] > 0]
+            ctypes.c_uint8.from_address(int(slots[0])).value ^= 0x10
+
+    with package.open(table.path, ram="1MiB") as opened:
+        client = GpuClient(opened, _told(table.seed))
+        monkeypatch.setattr(Gather, "__call__", false_gather)
+        checked, wrong = client.gpu_everywhere()  # every step comes twice
+        assert 0 < wrong < checked / 10
 
 
 @pytest.mark.parametrize("part", ["values", "scales"])
@@ -121,6 +187,9 @@ def test_tables_of_any_row_format(row_format, tmp_path):
     with package.open(table.path, ram="1MiB") as opened:
         assert opened.row_format.name == row_format
         assert Client(opened, _told(table.seed)).decode()[1] == 0
+        checked, wrong = GpuClient(opened, _told(table.seed)).gpu_everywhere()
+        assert wrong == 0 < checked
+        assert GpuClient(opened, _told(table.seed ^ 1)).gpu_everywhere() == (checked, checked)
 
 
 def test_only_synthetic_tables_can_be_checked(table, tmp_path):
@@ -129,6 +198,20 @@ def test_only_synthetic_tables_can_be_checked(table, tmp_path):
     build_table(tmp_path / "other", SCHEMA, array_source())
     with pytest.raises(ConfigError, match="no synthetic table"):
         TortureTable.at(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--on-unavailable", "never"), "use direct, wait or fail"),
+        (("--row-format", "int4"), "use one of bf16"),
+        (("--clients", 2, "--gpu-clients", 3), "only 2 clients"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(arguments, said):
+    done = engram("torture", *arguments)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
 
 
 def test_faults_come_when_the_plan_says():

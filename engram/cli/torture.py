@@ -16,6 +16,12 @@ def register(app: typer.Typer) -> None:
     def torture(
         minutes: float = typer.Option(10.0, min=0.05, help="How long."),
         clients: int = typer.Option(4, min=1, max=64, help="Client processes at once."),
+        gpu_clients: int = typer.Option(
+            0, min=0, max=64, help="How many of them take steps through the GPU tier."
+        ),
+        gpu_device: str | None = typer.Option(
+            None, help="Where: cuda or cpu; cuda if there is one, when left out."
+        ),
         ram_percent: float = typer.Option(
             5.0, min=0.0, max=100.0, help="Size of the RAM tier, of the table's."
         ),
@@ -51,23 +57,20 @@ def register(app: typer.Typer) -> None:
         """Kill the sidecar and its clients again and again while clients check every byte.
 
         Clients look up, prefetch, cancel and read in place, and compare every row with what the
-        rule of a synthetic table says. Exits 1 if a row is wrong, a lookup fails, a process hangs
-        or dies by itself, or something is left behind.
+        rule of a synthetic table says; those of the GPU tier, every bit of every embedding. Exits
+        1 if a row is wrong, a lookup fails, a process hangs or dies by itself, or something is
+        left behind.
 
         Example: engram torture --minutes 1 --clients 4 --seed 7
         """
-        from engram.errors import ConfigError
-        from engram.rows import ROW_FORMATS
         from engram.sizes import parse_size
         from engram.torture.plan import Plan
 
-        if on_unavailable not in ("direct", "wait", "fail"):
-            raise ConfigError(f"--on-unavailable {on_unavailable}: use direct, wait or fail")
-        if row_format not in ROW_FORMATS:
-            raise ConfigError(f"--row-format {row_format}: use one of {', '.join(ROW_FORMATS)}")
         plan = Plan(
             seconds=60 * minutes,
             clients=clients,
+            gpu_clients=gpu_clients,
+            gpu_device=gpu_device,
             ram_percent=ram_percent,
             kill_sidecar_every_s=kill_sidecar_every,
             kill_client_every_s=kill_client_every,
@@ -79,7 +82,27 @@ def register(app: typer.Typer) -> None:
             row_format=row_format,
             recovery_s_max=recovery_max,
         )
+        _refuse_impossible(plan)
         raise typer.Exit(_run(plan, as_json))
+
+
+def _refuse_impossible(plan: Plan) -> None:
+    from importlib.util import find_spec
+
+    from engram.errors import ConfigError
+    from engram.rows import ROW_FORMATS
+
+    if plan.on_unavailable not in ("direct", "wait", "fail"):
+        raise ConfigError(f"--on-unavailable {plan.on_unavailable}: use direct, wait or fail")
+    if plan.row_format not in ROW_FORMATS:
+        raise ConfigError(f"--row-format {plan.row_format}: use one of {', '.join(ROW_FORMATS)}")
+    if plan.gpu_clients > plan.clients:
+        raise ConfigError(
+            f"--gpu-clients {plan.gpu_clients}: there are only {plan.clients} clients; "
+            "give --clients as many"
+        )
+    if plan.gpu_clients and find_spec("torch") is None:
+        raise ConfigError("--gpu-clients needs PyTorch: pip install 'engram-offload[torch]'")
 
 
 def _run(plan: Plan, as_json: bool) -> int:

@@ -46,6 +46,8 @@ class Told:
         traffic_seed: of the phrases.
         seed: of this run; with `serial` of everything random here.
         on_unavailable: see `engram.connect`.
+        gpu: whether it takes steps of the GPU tier.
+        gpu_device: on which; CUDA's if there is one, else the CPU, when None.
         rehearses: begin with each kind of work once.
     """
 
@@ -56,6 +58,8 @@ class Told:
     traffic_seed: int
     seed: int
     on_unavailable: str
+    gpu: bool
+    gpu_device: str | None
     rehearses: bool
 
     @classmethod

@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from engram.torture.plan import Plan
 from engram.torture.processes import NurseryProcess
-from engram.torture.tally import Tally
 
 
 @dataclass
@@ -43,17 +43,18 @@ class Clients:
         facts: of `engram.torture.client.Told`, but what differs between clients.
     """
 
-    def __init__(self, nursery: NurseryProcess, facts: dict[str, Any], tally: Tally) -> None:
+    def __init__(self, nursery: NurseryProcess, facts: dict[str, Any], plan: Plan) -> None:
         self.alive: dict[int, ClientState] = {}
         self._nursery = nursery
         self._facts = facts
-        self._tally = tally
+        self._plan = plan
         self._started = 0
 
     def start(self, place: int, *, rehearses: bool = False) -> ClientState:
         """Start a client in `place`."""
         serial, self._started = self._started, self._started + 1
-        self._nursery.start({**self._facts, "serial": serial, "rehearses": rehearses})
+        own = {"serial": serial, "gpu": self._plan.of_gpu(place), "rehearses": rehearses}
+        self._nursery.start({**self._facts, **own})
         self.alive[serial] = ClientState(serial, place)
         return self.alive[serial]
 

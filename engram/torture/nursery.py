@@ -1,6 +1,6 @@
 """Has clients ready at once: a process that has imported everything, and forks them.
 
-`python -m engram.torture.nursery NAME`: reads lines of JSON, {"start": facts of a client} or
+`python -m engram.torture.nursery NAME [gpu]`: reads lines of JSON, {"start": facts of a client} or
 {"signal": number, "client": serial}, and ends its clients and itself at the end of its input. It
 says of each client when it `exited`, with its `status`, negative for a signal. Only it waits for
 its clients, so a signal never meets another process.
@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from engram.torture import client
+from engram.torture.processes import GPU
 from engram.torture.reports import Reporter
 
 _REAP_S = 0.02
@@ -73,9 +74,20 @@ class Nursery:
 def main() -> None:
     """The nursery; in its children, a client."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides
+    if GPU in sys.argv:
+        import engram.torture.gpu_client  # noqa: F401 - once for all that are forked
     facts = Nursery().run()
     if facts is not None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        _run(facts)
+
+
+def _run(facts: dict[str, Any]) -> None:
+    if facts["gpu"]:
+        from engram.torture import gpu_client
+
+        gpu_client.run(facts)
+    else:
         client.run(facts)
 
 

@@ -22,6 +22,8 @@ class Plan:
     Attributes:
         seconds: of faults; start and end come on top.
         clients: processes; the first is never killed, so that it shows what it gathers.
+        gpu_clients: how many of them, the last ones, are clients of the GPU tier.
+        gpu_device: what these use; CUDA's if there is one, else the CPU, when None.
         ram_percent: RAM tier, of the table.
         kill_sidecar_every_s, kill_client_every_s, stop_client_every_s: mean times, 0 for never.
         on_unavailable: see `engram.connect`.
@@ -36,6 +38,8 @@ class Plan:
 
     seconds: float = 600.0
     clients: int = 4
+    gpu_clients: int = 0
+    gpu_device: str | None = None
     ram_percent: float = 5.0
     kill_sidecar_every_s: float = 8.0
     kill_client_every_s: float = 1.0
@@ -48,6 +52,16 @@ class Plan:
     table_seed: int | None = None
     hang_after_s: float = 30.0
     recovery_s_max: float = 1.0
+
+    def of_gpu(self, place: int) -> bool:
+        """Whether the client in a place is one of the GPU tier."""
+        return place >= self.clients - self.gpu_clients
+
+    @property
+    def one_of_each_kind(self) -> list[int]:
+        """Places of a client of each kind, the first client's among them."""
+        places = range(self.clients)
+        return sorted({self.of_gpu(place): place for place in reversed(places)}.values())
 
     @property
     def calm_s(self) -> float:

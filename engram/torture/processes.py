@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 STOP_S_MAX = 60.0
+GPU = "gpu"
+"""An argument of the nursery's: that there will be clients of the GPU tier."""
 _LINES_KEPT = 20
 
 
@@ -99,10 +101,13 @@ class NurseryProcess:
     Args:
         name: in its command line and that of its clients.
         log: where they write what is wrong with them.
+        gpu: whether there are to be clients of the GPU tier.
     """
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(self, name: str, log: Path, *, gpu: bool = False) -> None:
         command = [sys.executable, "-m", "engram.torture.nursery", name]
+        if gpu:
+            command.append(GPU)
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors

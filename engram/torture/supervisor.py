@@ -99,7 +99,7 @@ class _Run:
         self._began = time.monotonic()
         self._rehearses = True
         self._faults_over = False
-        self._nursery = NurseryProcess(str(place), self._log)
+        self._nursery = NurseryProcess(str(place), self._log, gpu=plan.gpu_clients > 0)
         self._selector.register(self._nursery.lines.descriptor, selectors.EVENT_READ)
         facts = {
             "target": f"unix:{self._socket}",
@@ -108,8 +108,9 @@ class _Run:
             "traffic_seed": plan.seed,
             "seed": plan.seed,
             "on_unavailable": plan.on_unavailable,
+            "gpu_device": plan.gpu_device,
         }
-        self._clients = Clients(self._nursery, facts, self.tally)
+        self._clients = Clients(self._nursery, facts, plan)
 
     def all(self) -> None:
         """Rehearse, hurt, wind down, with measurements in between."""
@@ -132,11 +133,12 @@ class _Run:
         there for all processes, and nobody is taken to hang who compiles."""
         self._start_sidecar()
         self._until(lambda: self._ready, _REHEARSAL_S_MAX, "the sidecar does not start")
-        clients = [self._clients.start(0, rehearses=True)]
+        places = self._plan.one_of_each_kind
+        clients = [self._clients.start(place, rehearses=True) for place in places]
         self._until(
             lambda: all(client.rehearsed for client in clients),
             _REHEARSAL_S_MAX,
-            "the first client gets nowhere",
+            "a first client gets nowhere",
         )
         self._end_sidecar()
         if self._plan.on_unavailable == "direct":
@@ -144,13 +146,13 @@ class _Run:
             self._until(
                 lambda: all(client.pieces > goal for client, goal in goals),
                 _REHEARSAL_S_MAX,
-                "the first client gets nowhere without a sidecar",
+                "a first client gets nowhere without a sidecar",
             )
         self._start_sidecar()
         self._until(
             lambda: self._ready and all(map(self._attached, clients)),
             _REHEARSAL_S_MAX,
-            "the first client is not attached again",
+            "a first client is not attached again",
         )
         self._until_time(time.monotonic() + _WARM_UP_S)
 
@@ -323,7 +325,7 @@ class _Run:
         if client.ending and told["status"] in (0, -signal.SIGKILL, -signal.SIGTERM):
             return  # by SIGTERM if that came before it was ready for one
         if self._rehearses:
-            raise TortureError(f"the first client died by itself with status {told['status']}")
+            raise TortureError(f"a first client died by itself with status {told['status']}")
         self.tally.problems.append(f"a client died by itself with status {told['status']}")
         if not client.ending and not self._faults_over:
             self._clients.start(client.place)

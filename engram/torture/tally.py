@@ -11,6 +11,7 @@ import numpy as np
 from engram.torture.plan import Plan
 
 _COUNTS = ("hits", "misses", "fetches", "read_directly", "dropped")
+_GPU_COUNTS = ("ngrams_on_device", "ngrams_in_place", "ngrams_staged")
 _MESSAGES_KEPT = 10
 _EXPECTED = {"fail": ("UnavailableError", "StreamLostError")}
 _REPORTS_MIN = 10
@@ -31,6 +32,9 @@ class Tally:
         slowest_s: of any piece of work.
         counts: of each client: n-grams found and missed, lookups that fetched and that read
             directly, readings in place that turned out void.
+        gpu: of clients of the GPU tier alone: lookups, rows checked and wrong, lookups failed.
+        gpu_counts: of each of them: its steps' n-grams by where they were.
+        gpu_devices: which they used.
         starts_s, recoveries_s, fetches_s: of sidecars: start to ready, ready to attached, ready
             to the first Fetch, one for each client.
         faults: what was done, how often.
@@ -49,6 +53,9 @@ class Tally:
     slowest_s: float = 0.0
     work: Counter[str] = field(default_factory=Counter)
     counts: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+    gpu: Counter[str] = field(default_factory=Counter)
+    gpu_counts: dict[int, dict[str, int]] = field(default_factory=dict)
+    gpu_devices: set[str] = field(default_factory=set)
     starts_s: list[float] = field(default_factory=list)
     recoveries_s: list[float] = field(default_factory=list)
     fetches_s: list[float] = field(default_factory=list)
@@ -66,13 +73,22 @@ class Tally:
         self.wrong += told["wrong"]
         self.slowest_s = max(self.slowest_s, told["seconds"])
         self.work[told["what"]] += 1
-        self.counts[told["client"]] = {name: told[name] for name in _COUNTS}
+        self.counts[told["client"]] = {name: told.get(name, 0) for name in _COUNTS}
+        if "device" in told:
+            self._worked_on_device(told)
         if failed := told.get("failed"):
             self.failed[failed.partition(":")[0]] += 1
             if len(self.messages) < _MESSAGES_KEPT:
                 self.messages.append(f"{told['what']}: {failed}")
         else:
             self.lookups += 1
+
+    def _worked_on_device(self, told: dict[str, Any]) -> None:
+        self.gpu_devices.add(told["device"])
+        self.gpu_counts[told["client"]] = {name: told[name] for name in _GPU_COUNTS}
+        self.gpu["rows_checked"] += told["rows"]
+        self.gpu["rows_wrong"] += told["wrong"]
+        self.gpu["lookups_failed" if "failed" in told else "lookups"] += 1
 
     def forget(self) -> None:
         """After a rehearsal: what was wrong stays, what took long does not count."""
@@ -92,6 +108,8 @@ class Tally:
             self.problems.append(f"{self.wrong:,} rows were wrong")
         if not self.rows:
             self.problems.append("no row was checked")
+        if plan.gpu_clients and not self.gpu["rows_checked"]:
+            self.problems.append("no row of the GPU tier was checked")
         for name, count in self.failed.items():
             if name not in _EXPECTED.get(plan.on_unavailable, ()):
                 self.problems.append(f"{count:,} lookups failed with {name}")
@@ -125,9 +143,6 @@ class Tally:
 
     def facts(self, plan: Plan) -> dict[str, Any]:
         """Everything, for printing."""
-        counts = Counter[str]()
-        for client in self.counts.values():
-            counts.update(client)
         first, last = self._quarters()
         return {
             "sound": not self.problems,
@@ -139,7 +154,8 @@ class Tally:
             "lookups_failed": dict(self.failed),
             "messages": self.messages,
             "work": dict(self.work.most_common()),
-            "counts": dict(counts),
+            "counts": _total(self.counts),
+            "gpu": self._gpu_facts(),
             "slowest_s": round(self.slowest_s, 3),
             "faults": dict(self.faults),
             "sidecar_start_s": _spread(self.starts_s),
@@ -152,6 +168,18 @@ class Tally:
             "client_late": last,
             "shared_memory_bytes": list(self.shared_memory),
         }
+
+    def _gpu_facts(self) -> dict[str, Any]:
+        if not self.gpu_devices:
+            return {}
+        return {"devices": sorted(self.gpu_devices), **self.gpu, **_total(self.gpu_counts)}
+
+
+def _total(counts: dict[int, dict[str, int]]) -> dict[str, int]:
+    total = Counter[str]()
+    for each in counts.values():
+        total.update(each)
+    return dict(total)
 
 
 def _least(reports: list[dict[str, int]]) -> dict[str, int]:

@@ -19,6 +19,9 @@ UNIFORM = 0.1
 """The part of all phrases that nobody ever asks for again."""
 PREFILL_TOKENS = (48, 4096)
 DECODE_SEQUENCES = (1, 64)
+LONG_TOKENS = (8193, 9000)
+_FRESH_TOKENS_MAX = 256
+_EVEN_MAX = (8, 40)
 _PHRASES = 1 << 14
 _PHRASE_TOKENS = 16
 _FREQUENT, _FREQUENT_FROM_MAX = 24, 100
@@ -67,9 +70,10 @@ class Traffic:
             dead = self._rng.random(count) < _DEAD
         return Batch(self._text(count), starts, history, dead)
 
-    def decode(self) -> Batch:
-        """The next token of each of 1 to 64 sequences."""
-        count = int(self._rng.integers(DECODE_SEQUENCES[0], DECODE_SEQUENCES[1] + 1))
+    def decode(self, sequences: int | None = None) -> Batch:
+        """The next token of each of some sequences, 1 to 64 when None."""
+        least, most = DECODE_SEQUENCES
+        count = sequences or int(self._rng.integers(least, most + 1))
         width = self._context + 1
         text = self._text(count * _PHRASE_TOKENS).reshape(count, _PHRASE_TOKENS)
         last = int(self._rng.integers(width, _PHRASE_TOKENS + 1))
@@ -83,7 +87,37 @@ class Traffic:
         ranks = np.arange(first, first + _FREQUENT, dtype=np.uint64)
         tokens = self._phrases(ranks).reshape(-1)
         starts = np.array([0, len(tokens)], np.int32)
-        return Batch(tokens, starts, np.full((1, self._context), -1, np.int32))
+        return Batch(tokens, starts, self._none_before(1))
+
+    def fresh(self) -> Batch:
+        """Up to 256 tokens in a row such as nobody else has."""
+        tokens = self._new(int(self._rng.integers(1, _FRESH_TOKENS_MAX + 1)))
+        return Batch(tokens, np.array([0, len(tokens)], np.int32), self._none_before(1))
+
+    def even(self) -> Batch:
+        """1 to 8 sequences of the same length, without dead positions."""
+        count, length = (int(self._rng.integers(1, most + 1)) for most in _EVEN_MAX)
+        starts = np.arange(count + 1, dtype=np.int32) * length
+        history = self._text(count * self._context).reshape(count, -1)
+        return Batch(self._text(count * length), starts.astype(np.int32), history)
+
+    def empty(self) -> Batch:
+        """No token, of no, one or two sequences."""
+        count = int(self._rng.integers(3))
+        starts = np.zeros(count + 1, np.int32)
+        return Batch(np.empty(0, np.int32), starts, self._none_before(count))
+
+    def long(self) -> Batch:
+        """One sequence that is longer than what tiers look up at once."""
+        tokens = self._text(int(self._rng.integers(*LONG_TOKENS)))
+        return Batch(tokens, np.array([0, len(tokens)], np.int32), self._none_before(1))
+
+    def _none_before(self, sequences: int) -> Int32s:
+        return np.full((sequences, self._context), -1, np.int32)
+
+    def _new(self, *shape: int) -> Int32s:
+        """Tokens that come from nowhere."""
+        return self._rng.integers(0, self._spec.vocab_size, shape).astype(np.int32)
 
     @property
     def _context(self) -> int:
@@ -95,9 +129,7 @@ class Traffic:
         ranks = np.searchsorted(self._bounds, self._rng.random(phrases)).astype(np.uint64)
         tokens = self._phrases(ranks)
         fresh = self._rng.random(phrases) < UNIFORM
-        tokens[fresh] = self._rng.integers(
-            0, self._spec.vocab_size, (int(fresh.sum()), _PHRASE_TOKENS)
-        )
+        tokens[fresh] = self._new(int(fresh.sum()), _PHRASE_TOKENS)
         return np.ascontiguousarray(tokens.reshape(-1)[:count])
 
     def _phrases(self, ranks: npt.NDArray[np.uint64]) -> Int32s:
