@@ -345,6 +345,7 @@ class _Shift:
         counts = {name: tier[name] for name in ("hits", "misses", "fetches", "read_directly")}
         counts |= self._worker.counts()
         self._reporter.say("worked", seconds=time.monotonic() - began, **facts, **counts)
-        if began - self._looked_at > _RESOURCES_EVERY_S:
+        # Without a sidecar it has less, which would make the rest look like growth.
+        if tier["attached"] and began - self._looked_at > _RESOURCES_EVERY_S:
             self._looked_at = began
             self._reporter.say("resources", **resources())
