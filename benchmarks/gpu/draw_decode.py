@@ -62,7 +62,7 @@ def _bars(lines: list[dict[str, Any]], y: float) -> tuple[list[str], float]:
         for way, rate in ways.items():
             y += 22
             share = rate / ways["a"]
-            wide = (WIDTH - LEFT - 150) * share
+            wide = (WIDTH - LEFT - 170) * share
             parts.append(_text(LEFT - 10, y + 13, NAMES[way], anchor="end"))
             parts.append(
                 f'<rect x="{LEFT}" y="{y}" width="{wide:.1f}" height="{BAR}" rx="2" '
