@@ -19,6 +19,7 @@ from engram.errors import (
     ConfigError,
     SelectionError,
     StoreError,
+    TokenError,
 )
 from engram.nn import EngramEmbedding, EngramLookup
 from engram.rows import ROW_FORMATS, RowFormat
@@ -86,6 +87,21 @@ def test_a_batch_larger_than_one_launch(v41_table, device):
         for _ in range(2):
             found = all_layers(lookup(torch.from_numpy(tokens)))
             assert same(found, expected(table, tokens, torch.bfloat16))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_arrays_are_taken_as_tensors_are(v41_table, device):
+    with engram.open(v41_table, ram="1MiB") as table:
+        ids, history = random_ids(table, 40, 1), random_ids(table, (2, 3), 2)
+        starts = np.array([0, 15, 40])
+        wanted = expected(table, ids, torch.float32, starts=starts, history=history)
+        for hbm in (0, "1MiB"):
+            lookup = EngramLookup(table, torch.float32, device=device, hbm=hbm)
+            assert same(all_layers(lookup(ids, starts, history)), wanted)
+            assert same(all_layers(lookup.prepare(ids, starts, history).wait()), wanted)
+            with pytest.raises(TokenError, match="integers"):
+                lookup(ids / 2)
+        assert same(all_layers(EngramLookup(table, torch.float32)(ids, starts, history)), wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)

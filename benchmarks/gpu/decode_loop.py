@@ -45,7 +45,7 @@ class Loop:
         self._step, self._lookup, self._out = step, lookup, out
         self._on_cuda = step.ids.device.type == "cuda"
         sequences = len(step.ids)
-        self._starts = torch.arange(sequences + 1, dtype=torch.int32)
+        self._starts = np.arange(sequences + 1, dtype=np.int64)
         pinned = self._on_cuda
         self._there = torch.empty(sequences, dtype=step.ids.dtype, pin_memory=pinned)
         self._back = torch.empty(sequences, dtype=torch.int32, pin_memory=pinned)
@@ -58,13 +58,13 @@ class Loop:
     def one(self, ids: np.ndarray, history: np.ndarray) -> float:
         """One step, in milliseconds."""
         began = time.perf_counter()
-        step, tokens = self._step, torch.from_numpy(ids)
-        self._there.copy_(tokens)
+        step = self._step
+        self._there.copy_(torch.from_numpy(ids))
         step.ids.copy_(self._there, non_blocking=True)
         step.first()
         if self._lookup is not None:
             prepared = self._lookup.prepare(
-                tokens, self._starts, torch.from_numpy(history), out=self._out, after=self._free
+                ids, self._starts, history, out=self._out, after=self._free
             )
             prepared.wait()
         step.rest()

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from engram.table import Table
 
 
+Ids = torch.Tensor | np.ndarray[Any, Any]
+_CPU = torch.device("cpu")
+
+
 class TableRef:
     """Keeps a table inside a module: a copy of the module shares it, a pickle refuses it.
 
@@ -87,7 +91,7 @@ class LayerRows:
 
 def read(
     table: Table,
-    tokens: torch.Tensor | np.ndarray,
+    tokens: Ids,
     batch: dict[str, Any],
     layers: tuple[int, ...],
     columns: tuple[int, ...],
@@ -118,13 +122,19 @@ def read(
     return LayerRows(values, scales, row_format, layers, dtype)
 
 
-def _require_ids(tokens: torch.Tensor) -> None:
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+def _require_ids(tokens: Ids) -> None:
+    if isinstance(tokens, torch.Tensor) and (
+        tokens.is_floating_point() or tokens.dtype == torch.bool
+    ):
         raise TokenError(f"token ids must be integers, not {tokens.dtype}")
 
 
 def _on_host(part: Any) -> Any:
     return part.numpy(force=True) if isinstance(part, torch.Tensor) else part
+
+
+def _device_of(tokens: Ids) -> torch.device:
+    return tokens.device if isinstance(tokens, torch.Tensor) else _CPU
 
 
 class EngramLookup(nn.Module):
@@ -181,15 +191,16 @@ class EngramLookup(nn.Module):
     @torch.compiler.disable
     def forward(
         self,
-        tokens: torch.Tensor,
-        starts: torch.Tensor | None = None,
-        history: torch.Tensor | None = None,
-        dead: torch.Tensor | None = None,
+        tokens: Ids,
+        starts: Ids | None = None,
+        history: Ids | None = None,
+        dead: Ids | None = None,
     ) -> LayerRows | Prepared:
         """Look up all layers for `tokens`.
 
         Args:
-            tokens: integer ids `[T]` with `starts`; else `[L]` or `[B, L]`.
+            tokens: integer ids `[T]` with `starts`; else `[L]` or `[B, L]`. A tensor, or a NumPy
+                array, as all of these may be.
             starts, history, dead: as for `Table.lookup`.
 
         Returns:
@@ -197,7 +208,7 @@ class EngramLookup(nn.Module):
 
         Raises: as `Table.lookup`.
         """
-        device = tokens.device if self.device is None else self.device
+        device = self.device or _device_of(tokens)
         tier = self._tier_on(device)
         if tier is not None:
             return self._prepare(tier, tokens, starts, history, dead).wait()
@@ -207,10 +218,10 @@ class EngramLookup(nn.Module):
 
     def prepare(
         self,
-        tokens: torch.Tensor,
-        starts: torch.Tensor | None = None,
-        history: torch.Tensor | None = None,
-        dead: torch.Tensor | None = None,
+        tokens: Ids,
+        starts: Ids | None = None,
+        history: Ids | None = None,
+        dead: Ids | None = None,
         out: torch.Tensor | None = None,
         after: Any = None,
     ) -> LayerRows | Prepared:
@@ -224,7 +235,7 @@ class EngramLookup(nn.Module):
 
         Args:
             tokens, starts, history, dead: as for `forward`; on the host, or the step waits for
-                their copy.
+                their copy. NumPy arrays cost the host least.
             out: to be filled, dtype `[layers, *tokens.shape, columns * dim]` on the device; fresh
                 memory when None.
             after: CUDA event behind which `out` may be written; when None, behind all that the
@@ -232,7 +243,7 @@ class EngramLookup(nn.Module):
 
         Raises: as `forward`; SelectionError for an `out` that does not fit.
         """
-        device = tokens.device if self.device is None else self.device
+        device = self.device or _device_of(tokens)
         tier = self._tier_on(device)
         if tier is None:
             if out is not None:
@@ -256,7 +267,7 @@ class EngramLookup(nn.Module):
     def _prepare(
         self,
         tier: GpuTier,
-        tokens: torch.Tensor,
+        tokens: Ids,
         starts: Any,
         history: Any,
         dead: Any,
@@ -265,16 +276,16 @@ class EngramLookup(nn.Module):
     ) -> Prepared:
         _require_ids(tokens)
         batch = self.table.spec.batch(
-            tokens.numpy(force=True), _on_host(starts), _on_host(history), _on_host(dead)
+            _on_host(tokens), _on_host(starts), _on_host(history), _on_host(dead)
         )
         return prepare(tier, batch.windows, batch.shape, self.layers, self.dtype, out, after)
 
     def prefetch(
         self,
-        tokens: torch.Tensor,
-        starts: torch.Tensor | None = None,
-        history: torch.Tensor | None = None,
-        dead: torch.Tensor | None = None,
+        tokens: Ids,
+        starts: Ids | None = None,
+        history: Ids | None = None,
+        dead: Ids | None = None,
     ) -> Prefetch:
         """Bring the rows of a coming call closer, up to the device; returns at once, with what
         cancels it."""
@@ -320,10 +331,10 @@ class EngramEmbedding(nn.Module):
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        starts: torch.Tensor | None = None,
-        history: torch.Tensor | None = None,
-        dead: torch.Tensor | None = None,
+        tokens: Ids,
+        starts: Ids | None = None,
+        history: Ids | None = None,
+        dead: Ids | None = None,
     ) -> torch.Tensor:
         """Embed `tokens`; arguments and errors as for `EngramLookup.forward`."""
         rows: LayerRows | Prepared = self.lookup(tokens, starts, history, dead)
@@ -331,10 +342,10 @@ class EngramEmbedding(nn.Module):
 
     def prepare(
         self,
-        tokens: torch.Tensor,
-        starts: torch.Tensor | None = None,
-        history: torch.Tensor | None = None,
-        dead: torch.Tensor | None = None,
+        tokens: Ids,
+        starts: Ids | None = None,
+        history: Ids | None = None,
+        dead: Ids | None = None,
         out: torch.Tensor | None = None,
         after: Any = None,
     ) -> LayerRows | Prepared:
