@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engram._background import Background
-from engram._counters import Counters
+from engram._counters import SECONDS, Counters, Histogram
 from engram.errors import RowIntegrityError, SpecMismatchError, StoreError
 from engram.rows import RowFormat, Rows
 from engram.spec import NgramSpec
+from engram.store.layout import CHECK_BYTES
 from engram.store.manifest import Schema
 from engram.store.reader import StoreReader, TableFiles
 from engram.tiers import Int64s, Ngrams, Prefetch, Selection, Tier
@@ -45,6 +47,9 @@ class SsdTier(Tier):
         guard: read through a memory map, with the SIGBUS guard installed in this process; else
             with `pread`, which needs no signal handler.
 
+    Attributes:
+        read_seconds: how long reads of some rows together took.
+
     Raises:
         StoreError: no table there, or one that cannot be used.
         CorruptTableError: its structure is damaged.
@@ -68,6 +73,7 @@ class SsdTier(Tier):
         self._counters = Counters(
             "ngrams_read", "rows_read", "rows_failed", "prefetches", "prefetches_dropped"
         )
+        self.read_seconds = Histogram(SECONDS)
         # A backlog means that reads cannot keep up: more hints would only arrive late.
         self._background = Background("engram-prefetch", PENDING_NGRAMS_MAX)
         self._closed = False
@@ -90,13 +96,14 @@ class SsdTier(Tier):
         )
 
     def _gather(self, layers: Any, row_ids: Int64s, places: Int64s, out: Rows, ngrams: int) -> None:
-        failed = 0
+        failed, began = 0, time.perf_counter()
         try:
             self._reader.gather(layers, row_ids, places, out)
         except RowIntegrityError as error:
             failed = sum(len(rows) for rows in error.failures.values())
             raise
         finally:
+            self.read_seconds.add(time.perf_counter() - began)
             self._counters.add(ngrams_read=ngrams, rows_read=len(row_ids), rows_failed=failed)
 
     def prefetch(self, ngrams: Ngrams) -> Prefetch:
@@ -129,6 +136,24 @@ class SsdTier(Tier):
 
     def stats(self) -> dict[str, Any]:
         return {"tier": "ssd", **self._counters.read()}
+
+    def rows_failed(self) -> dict[str, int]:
+        """Rows that failed since the start, each time, by kind: see `StoreReader`."""
+        return self._reader.failed.read()
+
+    def store_stats(self) -> dict[str, int]:
+        """Bytes of rows and their checks that were read since the start, from the page cache or
+        the device; of the table's file; and free on its file system.
+
+        Raises:
+            StoreError: the table is closed.
+        """
+        rows = self._counters.read()["rows_read"]
+        return {
+            "read_bytes": rows * (self.row_format.row_bytes + CHECK_BYTES),
+            "file_bytes": self._reader.file_bytes,
+            "free_bytes": self._reader.free_bytes(),
+        }
 
     def check_integrity(self) -> None:
         self._counters.check_integrity()

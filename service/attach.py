@@ -210,7 +210,7 @@ class AttachServer:
                 del self._handshakes[threading.current_thread()]
 
     def _hold(self, connection: socket.socket, lease: ServedLease) -> None:
-        lease.tier.cache.add_reader(lease.reader)
+        lease.tier.cache.add_reader(lease.tier.number, lease.reader)
         _log.debug("process %d of user %d attached to %s", lease.pid, lease.uid, lease.table)
         with self._lock:
             self._tokens[lease.token] = lease

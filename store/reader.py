@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engram._counters import Counters
 from engram.errors import RowIntegrityError, SelectionError, StoreError
 from engram.rows import Rows
 from engram.store import datafile, gather
@@ -28,6 +29,7 @@ _CAUSES = {
     IO_ERROR: "I/O error",
     REFUSED: "their extent had a hole; reopen the table once it is repaired",
 }
+_KINDS = {BAD_CHECK: "damaged", SHORT_READ: "short", IO_ERROR: "io", REFUSED: "hole"}
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 
 
@@ -88,6 +90,9 @@ class StoreReader:
         manifest: what the table is.
         token_map: int32 `[vocab]`, or None.
         layers: model layer indices, in the manifest's order.
+        failed: counts of rows that could not be read or verified, each time, by kind: `damaged`,
+            `short` (of a file), `io` and `hole` (in their extent).
+        file_bytes: size of the data file.
 
     Raises:
         StoreError: no table there, or one that cannot be read.
@@ -109,6 +114,8 @@ class StoreReader:
         self._open(files.descriptor, physical, guard)
         self.layers = tuple(layer for layer, _ in self.manifest.layers)
         self._geometry = Geometry.of(self.manifest, physical)
+        self.failed = Counters(*_KINDS.values())
+        self.file_bytes = physical.file_bytes
         self._calm = 0
         self._holes = 0
 
@@ -215,6 +222,15 @@ class StoreReader:
         place = np.searchsorted(self._geometry.pages[order], pages, side="right") - 1
         self._geometry.refused[order[place[place >= 0]]] = 1
 
+    def free_bytes(self) -> int:
+        """Bytes that may still be written to the file system that the table is on.
+
+        Raises:
+            StoreError: the reader is closed.
+        """
+        found = os.fstatvfs(self._opened().descriptor)
+        return found.f_bavail * found.f_frsize
+
     @property
     def waits(self) -> bool:
         """Whether the last gather ended with rows that were not in the page cache."""
@@ -284,5 +300,7 @@ class StoreReader:
             self.layers[layer]: row_ids[(fates != OK) & (layers == layer)].tolist()
             for layer in np.unique(layers[fates != OK])
         }
+        found = {kind: int((fates == fate).sum()) for fate, kind in _KINDS.items()}
+        self.failed.add(**found)
         causes = [cause for fate, cause in _CAUSES.items() if (fates == fate).any()]
         return RowIntegrityError.of(failures, str(self.path), ", ".join(causes))

@@ -194,7 +194,7 @@ class ArenaReader(BundleTier):
     def added(cls, cache, number=0):
         """A reader with memory of its own, known to the cache."""
         memory = Memory.private(cache.layout.reader_bytes)
-        cache.add_reader(memory)
+        cache.add_reader(number, memory)
         return cls(cache, number, memory=memory)
 
     def _view(self):

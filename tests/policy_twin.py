@@ -28,6 +28,7 @@ class PolicyTwin:
         self.used = [Counter() for _ in range(tables)]
         self.bucket_of = {}
         self.counts = Counter()
+        self.left = [Counter() for _ in range(tables)]
 
     def touch(self, reader, key):
         """A hit of this key, seen by a reader."""
@@ -82,12 +83,14 @@ class PolicyTwin:
 
     def _evict(self):
         while self.small or self.main:
+            wasted = self.counts["wasted"]
             if len(self.small) * 100 >= self.slots * 25 or not self.main:
                 key = self.small.popleft()
                 seen = min(3, self.hits[key] + self._touches(key))
                 if self._stays(key, seen):
                     continue
                 self._remember(key)
+                why = "once"
             else:
                 key = self.main.popleft()
                 seen = min(3, self.hits[key] + self._touches(key))
@@ -96,7 +99,9 @@ class PolicyTwin:
                     self.hits[key] = seen - 1
                     self.main.append(key)
                     continue
+                why = "cold"
             self.counts["evicted"] += 1
+            self.left[key[0]]["unused" if wasted < self.counts["wasted"] else why] += 1
             self.used[key[0]][self.bucket_of.pop(key)] -= 1
             self.limbo.append((key, self.epoch))
             return True

@@ -21,7 +21,7 @@ from engram.errors import (
     UnknownTableError,
 )
 from engram.ram import _handshake, _terms
-from engram.ram.layout import WORD_EPOCH, ArenaLayout, unpack_view
+from engram.ram.layout import ABI, WORD_EPOCH, ArenaLayout, unpack_view
 from engram.service import attach as server_module
 from engram.service.attach import AttachServer
 
@@ -150,10 +150,10 @@ def test_a_bundle_of_another_spec_is_refused_by_the_client(host):
 
 def test_versions_of_the_layout_are_compared_by_both_sides(host, monkeypatch):
     monkeypatch.setattr(_terms, "ABI", 99)
-    with pytest.raises(ServiceError, match="ABI version 1, needed are 99"):
+    with pytest.raises(ServiceError, match=f"ABI version {ABI}, needed are 99"):
         host.attach()
     monkeypatch.setattr(_handshake, "ABI", 99)
-    with pytest.raises(RequestError, match="as version 99, the sidecar as version 1;"):
+    with pytest.raises(RequestError, match=f"as version 99, the sidecar as version {ABI};"):
         host.attach()
 
 

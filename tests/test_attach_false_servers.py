@@ -13,6 +13,7 @@ from attach_hosts import HANG_S, TIMEOUT_S, descriptors, host_of, until
 from engram.errors import ServiceError
 from engram.proto.v1 import attach_pb2 as pb
 from engram.ram.frames import Deadline, Descriptors, receive_frame, send_frame
+from engram.ram.layout import ABI
 from engram.ram.memory import SEALS_OF_WRITER, Memory
 from engram.service import _handshake
 
@@ -66,7 +67,7 @@ def _change(**changes):
 
 
 OFFERS = {
-    "another layout": (_change(abi=2), "ABI version 2"),
+    "another layout": (_change(abi=ABI + 1), f"ABI version {ABI + 1}"),
     "another slot size": (_change(arena__slot_bytes=64), "bytes of a slot 64"),
     "another bundle": (_change(bundle__heads=99), "bundles BundleLayout"),
     "slots beyond counting": (_change(arena__slots=1 << 63), "which cannot be"),

@@ -43,6 +43,7 @@ from engram.rows import Rows
 from engram.tiers import Ngrams, Selection
 
 COLUMNS = ORDERS * BUNDLE.heads
+_WHY_LEFT = ("unused", "once", "cold")
 few_ids = st.integers(0, 5)
 keys = st.one_of(st.tuples(few_ids, few_ids), st.tuples(few_ids, few_ids, few_ids))
 key_lists = st.lists(keys, min_size=1, max_size=12, unique=True)
@@ -265,6 +266,11 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats["prefetched_wasted"] == counts["wasted"]
         assert stats["slots_used"] == counts["admitted"] - counts["evicted"]
         assert stats["slots_in_limbo"] == len(self.twin.limbo) <= self.twin.limbo_max
+        for number, left in enumerate(self.twin.left):
+            mine = self.cache.table_stats(number)
+            assert left == +Counter({why: mine[f"evicted_{why}"] for why in _WHY_LEFT})
+            used = mine["held_bytes"] // self.cache._slot_bytes
+            assert used == sum(self.twin.used[number].values())
 
     @invariant()
     def whole(self):

@@ -93,7 +93,7 @@ def test_a_child_lets_go_of_nothing_that_its_parent_holds():
     """Reader memory that came from elsewhere is one for both."""
     cache = cache_of(40, shared=True)
     memory = Memory.shared("reader", cache.layout.reader_bytes, SEALS_OF_READER)
-    cache.add_reader(memory)
+    cache.add_reader(0, memory)
     reader, arena = ArenaReader(cache, memory=memory), Arena(cache)
     fill(cache, 0, [(0, n) for n in range(40)])
     with reader.holding():

@@ -39,7 +39,7 @@ class Pair:
     def __init__(self, slots):
         self.cache = cache_of(slots, bundle=BUNDLE, shared=True)
         self.reader = Memory.shared("reader", self.cache.layout.reader_bytes, SEALS_OF_READER)
-        self.cache.add_reader(self.reader)
+        self.cache.add_reader(0, self.reader)
         memories = (*self.cache.slabs, self.cache.directories[0], self.reader)
         descriptors = [os.dup(memory.descriptor) for memory in memories]
         offer = {
@@ -141,7 +141,7 @@ def test_a_writer_that_ignores_epochs_is_caught(pair):
         with writing(pair.cache):
             seen = pair.ask("in_place_until_wrong", 10**6)
     finally:
-        pair.cache.add_reader(pair.reader)
+        pair.cache.add_reader(0, pair.reader)
     assert seen["wrong"] > 0
 
 

@@ -17,7 +17,7 @@ from engram.ram._directory import (
     likely_slot,
     ngram_hash,
 )
-from engram.ram._probe import count_reader, is_whole, touch
+from engram.ram._probe import count_reader, count_step, is_whole, touch
 from engram.ram.layout import unpack_view
 from engram.store.checks import mix64
 
@@ -64,8 +64,6 @@ def find_in_place(packed_view, reachable, windows, orders, addresses):
             touch(view, slot)
             addresses[n] = bundle_of(view, slot)
             hits += 1
-    # What is missing here is looked up once more, and counted there.
-    count_reader(view, hits > 0, hits, 0)
     return len(orders) - hits
 
 
@@ -161,9 +159,14 @@ def find_everywhere(
     if lacking == 0:
         if there:
             count_reader(on_device, True, used - absent, absent)
-        if absent:
-            count_reader(view, True, absent, 0)
+        count_step(view, used - absent, absent, 0)
     return absent, lacking
+
+
+@kernel
+def count_found(packed_view, on_device, in_place, staged):
+    """Count a step of which `find_everywhere` did not find everything."""
+    count_step(unpack_view(packed_view), on_device, in_place, staged)
 
 
 @kernel

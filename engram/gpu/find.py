@@ -127,11 +127,13 @@ class Finder:
             raise StoreError(f"{self._tier.name}: an n-gram was neither found nor reported failed")
         kept = hbm.admit(ngrams) if hbm else np.zeros(len(ngrams), np.int64)
         _sources.spread(missed, number, firsts, found, kept, sources.reshape(-1), keep.reshape(-1))
+        staged = absent - there
+        _sources.count_found(in_place.view, wanted - absent, there, staged)
         self.counters.add(
             launches=1,
             ngrams_on_device=wanted - absent,
             ngrams_in_place=there,
-            ngrams_staged=absent - there,
+            ngrams_staged=staged,
         )
         return Found(in_place=absent > 0, staged=lacking > 0, kept=bool(kept.any()))
 

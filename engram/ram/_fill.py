@@ -64,13 +64,13 @@ def fill(packed_view, windows, orders, bundles, prefetched, writer):
             continue
         slot = free_slot(view, writer)
         if slot < 0:
-            refuse(writer)
+            refuse(view, writer)
             continue
         _write_slot(view, slot, orders[n], ids_at(windows, n), bundles[n])
         if link(view, hashed, slot):
             admit(view, writer, slot, hashed, prefetched)
         else:
-            refuse(writer)
+            refuse(view, writer)
 
 
 @kernel

@@ -51,13 +51,14 @@ _U64 = np.uint64
     LIMBO_COUNT,
     LIMBO_MAX,
     EPOCH,
-    ADMITTED,
-    REFUSED,
     EVICTED,
-    USEFUL,
-    WASTED,
-) = range(14)
-NUMBERS = 14
+) = range(10)
+NUMBERS = 10
+
+# Fields of `counts`, of each table: its slots now, and what happened since the start. An n-gram
+# left unused was prefetched for nothing, one left once was not asked for again, a cold one had been.
+HELD, ADMITTED, REFUSED, USEFUL, LEFT_UNUSED, LEFT_ONCE, LEFT_COLD = range(7)
+COUNTS = 7
 
 
 class Writer(NamedTuple):
@@ -74,6 +75,8 @@ class Writer(NamedTuple):
         ghosts: uint32 `[ghosts, 2]`, fingerprint and time of eviction, in sets of `GHOST_WAYS`.
         free: int32 `[slots]`, a stack.
         numbers: int64 `[NUMBERS]`.
+        owners: int32 `[slots]`, table of what each used slot holds.
+        counts: int64 `[tables, COUNTS]`.
     """
 
     directories: Any
@@ -87,6 +90,8 @@ class Writer(NamedTuple):
     ghosts: Any
     free: Any
     numbers: Any
+    owners: Any
+    counts: Any
 
 
 @kernel
@@ -152,11 +157,12 @@ def _was_evicted(ghosts, numbers, hashed, slots):
 
 
 @kernel
-def _settle_prefetch(state, numbers, slot, seen):
-    """Count a prefetched slot as useful or wasted; its hits beyond the one it was fetched for."""
-    if not state[slot] & PREFETCHED:
+def _settle_prefetch(writer, slot, seen):
+    """Count a prefetched slot that was useful; its hits beyond the one it was fetched for."""
+    state = writer.state
+    if not state[slot] & PREFETCHED or not seen:
         return seen
-    numbers[USEFUL if seen else WASTED] += 1
+    writer.counts[writer.owners[slot], USEFUL] += 1
     state[slot] &= _PLACE
     return max(np.int64(0), seen - 1)
 
@@ -169,7 +175,7 @@ def _move_on(writer, slot, seen):
         state[slot] |= _WAITED
         _push(writer.small, numbers, SMALL_HEAD, SMALL_COUNT, slot)
         return True
-    if _settle_prefetch(state, numbers, slot, seen) < _PROMOTED_FROM:
+    if _settle_prefetch(writer, slot, seen) < _PROMOTED_FROM:
         return False
     writer.hits[slot] = 0
     state[slot] = MAIN
@@ -192,15 +198,20 @@ def _evict(view, writer):
             if _move_on(writer, slot, seen):
                 continue
             _remember(writer.ghosts, numbers, head_hash(view.seed, head_of(view, slot)))
+            why = LEFT_ONCE
         else:
             slot = _pop(writer.main, numbers, MAIN_HEAD, MAIN_COUNT)
             seen = _collect_touches(writer.readers, slot, writer.hits[slot])
-            _settle_prefetch(state, numbers, slot, seen)
+            _settle_prefetch(writer, slot, seen)
             if seen > 0 and looks <= _LOOKS_MAX:
                 writer.hits[slot] = seen - 1
                 _push(writer.main, numbers, MAIN_HEAD, MAIN_COUNT, slot)
                 continue
+            why = LEFT_COLD
         numbers[EVICTED] += 1
+        counts = writer.counts[writer.owners[slot]]
+        counts[LEFT_UNUSED if state[slot] & PREFETCHED else why] += 1
+        counts[HELD] -= 1
         unlink(view, writer.directories, slot)
         state[slot] = LIMBO
         at = (numbers[LIMBO_HEAD] + numbers[LIMBO_COUNT]) % writer.limbo.size
@@ -259,7 +270,9 @@ def admit(view, writer, slot, hashed, prefetched):
     """Put what `free_slot` gave, now written and linked, into a queue."""
     numbers, state = writer.numbers, writer.state
     numbers[FREE_COUNT] -= 1
-    numbers[ADMITTED] += 1
+    writer.owners[slot] = view.table
+    writer.counts[view.table, HELD] += 1
+    writer.counts[view.table, ADMITTED] += 1
     # What readers hit there before was another n-gram.
     _collect_touches(writer.readers, slot, 0)
     writer.hits[slot] = 0
@@ -274,9 +287,9 @@ def admit(view, writer, slot, hashed, prefetched):
 
 
 @kernel
-def refuse(writer):
+def refuse(view, writer):
     """Count a bundle that was not kept."""
-    writer.numbers[REFUSED] += 1
+    writer.counts[view.table, REFUSED] += 1
 
 
 @kernel
@@ -299,5 +312,5 @@ def settle_prefetches(writer):
                 count = load_u8(touched)
                 if count:
                     store_u8(touched, np.uint8(count - 1))
-                    _settle_prefetch(state, writer.numbers, slot, np.int64(1))
+                    _settle_prefetch(writer, slot, np.int64(1))
                     break

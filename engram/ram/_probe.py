@@ -42,8 +42,11 @@ from engram.ram.layout import (
     LINE_BYTES,
     TOUCHES_MAX,
     WORD_HITS,
+    WORD_IN_PLACE,
     WORD_LOOKUPS,
     WORD_MISSES,
+    WORD_ON_DEVICE,
+    WORD_STAGED,
     unpack_view,
 )
 from engram.store.checks import mix64
@@ -123,6 +126,15 @@ def count_reader(view, lookups, hits, misses):
     add_atomic(view.counters + WORD_LOOKUPS * 8, _U64(lookups))
     add_atomic(view.counters + WORD_HITS * 8, _U64(hits))
     add_atomic(view.counters + WORD_MISSES * 8, _U64(misses))
+
+
+@kernel
+def count_step(view, on_device, in_place, staged):
+    """Count a step on a device, n-grams of its tokens by where they were."""
+    add_atomic(view.counters + WORD_LOOKUPS * 8, _U64(1))
+    add_atomic(view.counters + WORD_ON_DEVICE * 8, _U64(on_device))
+    add_atomic(view.counters + WORD_IN_PLACE * 8, _U64(in_place))
+    add_atomic(view.counters + WORD_STAGED * 8, _U64(staged))
 
 
 @kernel

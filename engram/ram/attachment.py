@@ -24,10 +24,10 @@ from engram._stream import StreamLostError
 from engram.errors import EngramError, ServiceError, SpecMismatchError, UnavailableError
 from engram.ram.attach import Lease
 from engram.ram.bundle_tier import Deliver, InPlace
-from engram.ram.cache import read_counts
 from engram.ram.epochs import Epochs
 from engram.ram.fetch import Fetcher
 from engram.ram.layout import WORD_SLABS, BundleLayout
+from engram.ram.reader_counts import read_counts
 from engram.tiers import Int64s, Ngrams
 
 RETRY_S = 0.1
@@ -113,7 +113,7 @@ class Attachment:
             self._fetcher.fetch(ngrams, lambda first, addresses: None, 0.0)
 
     def counts(self) -> dict[str, int]:
-        """`engram.ram.cache.read_counts` of this attachment and all before."""
+        """`engram.ram.reader_counts.read_counts` of this attachment and all before."""
         read = read_counts(self.lease.reader)
         return {name: count + self.counted.get(name, 0) for name, count in read.items()}
 

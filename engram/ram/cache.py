@@ -25,10 +25,7 @@ from engram.ram.layout import (
     WORD_EPOCH,
     WORD_FINGERPRINT,
     WORD_HEAD_BYTES,
-    WORD_HITS,
-    WORD_LOOKUPS,
     WORD_MAGIC,
-    WORD_MISSES,
     WORD_SEED,
     WORD_SLABS,
     WORD_SLOT_BYTES,
@@ -39,7 +36,9 @@ from engram.ram.layout import (
     BundleLayout,
     pack_view,
 )
+from engram.ram.epochs import OldestEpoch
 from engram.ram.memory import SEALS_OF_WRITER, Memory, owning
+from engram.ram.reader_counts import ReaderCounts
 from engram.tiers import Int32s, Int64s, Ngrams
 
 _DIRECTORY = "engram-directory"
@@ -160,6 +159,8 @@ class Cache:
         """Empty."""
         self.lock = threading.Lock()
         self._readers = list(self.own_readers)
+        self._counts = tuple(ReaderCounts(own) for own in self.own_readers)
+        self._oldest = OldestEpoch()
         self._reserved = 0
         slots = self.layout.slots
         limbo_max = max(4, slots // 32)
@@ -176,6 +177,8 @@ class Cache:
             ghosts=np.zeros((ghosts, 2), np.uint32),
             free=np.zeros(slots, np.int32),
             numbers=np.zeros(_policy.NUMBERS, np.int64),
+            owners=np.zeros(slots, np.int32),
+            counts=np.zeros((len(self._tables), _policy.COUNTS), np.int64),
         )
         self._writer.numbers[_policy.LIMBO_MAX] = limbo_max
         self._writer.numbers[_policy.EPOCH] = 1
@@ -201,21 +204,26 @@ class Cache:
     def _addresses(self) -> Int64s:
         return np.array([reader.address for reader in self._readers], np.int64)
 
-    def add_reader(self, memory: Memory) -> None:
-        """Collect hits from a reader's memory and honour its epoch, from now on.
+    def add_reader(self, number: int, memory: Memory) -> None:
+        """Collect hits and counts from a reader's memory and honour its epoch, from now on.
 
         Args:
+            number: of the table that it reads.
             memory: `layout.reader_bytes` long, mapped writable.
         """
         assert memory.size == self.layout.reader_bytes
         with self.lock:
             self._readers.append(memory)
+            self._counts[number].add(memory)
             self._writer = self._writer._replace(readers=self._addresses())
 
     def remove_reader(self, memory: Memory) -> None:
-        """Forget a reader: what it held may be reused. Safe if it is not known."""
+        """Forget a reader, but what it counted: what it held may be reused. Safe if it is not
+        known."""
         with self.lock:
             self._readers = [each for each in self._readers if each is not memory]
+            for counts in self._counts:
+                counts.remove(memory)
             self._writer = self._writer._replace(readers=self._addresses())
 
     def fill(
@@ -238,6 +246,7 @@ class Cache:
                 prefetched,
                 self._writer,
             )
+            self._oldest.note(self._writer)
 
     def close(self, number: int) -> None:
         """Do without a table; with the last one the memory goes. Safe to call twice."""
@@ -271,25 +280,56 @@ class Cache:
         return found
 
     def counts(self, number: int) -> dict[str, int]:
-        """Lookups of one table by this process: how many, and n-grams found and not."""
-        return read_counts(self.own_readers[number])
+        """What all readers of one table counted, see `engram.ram.reader_counts`."""
+        with self.lock:
+            return self._counts[number].read()
+
+    def table_stats(self, number: int) -> dict[str, int]:
+        """`held_bytes` of one table, and its counts since the start: see `stats`; n-grams that
+        were evicted, by what they were `evicted_...`."""
+        with self.lock:
+            _policy.settle_prefetches(self._writer)
+            counts = self._writer.counts[number].tolist()
+        return {
+            "held_bytes": counts[_policy.HELD] * self._slot_bytes,
+            **_counts_by_name(counts),
+            "evicted_unused": counts[_policy.LEFT_UNUSED],
+            "evicted_once": counts[_policy.LEFT_ONCE],
+            "evicted_cold": counts[_policy.LEFT_COLD],
+        }
+
+    @property
+    def _slot_bytes(self) -> int:
+        return self.layout.slot_bytes + self.layout.head_bytes
+
+    def memory_stats(self) -> dict[str, float]:
+        """Bytes of slabs and directories that have their memory, and of slots that wait until no
+        reader can hold them; how long readers have kept the writer waiting for such."""
+        with self.lock:
+            limbo = int(self._writer.numbers[_policy.LIMBO_COUNT])
+            age_s = self._oldest.age_s(self._writer)
+            slabs, directories = self.slabs[: self._reserved], self.directories
+        return {
+            "slab_bytes": sum(slab.size for slab in slabs),
+            "directory_bytes": sum(directory.size for directory in directories),
+            "limbo_bytes": limbo * self._slot_bytes,
+            "oldest_epoch_age_s": age_s,
+        }
 
     def stats(self) -> dict[str, int]:
         """Slots by place, and counts since the start."""
         with self.lock:
             _policy.settle_prefetches(self._writer)
             numbers = self._writer.numbers.tolist()
+            counts = self._writer.counts.sum(axis=0).tolist()
         layout = self.layout
         return {
             "capacity_bytes": layout.total_bytes(len(self._tables)) if layout.slots else 0,
             "slots": layout.slots,
             "slots_used": numbers[_policy.SMALL_COUNT] + numbers[_policy.MAIN_COUNT],
             "slots_in_limbo": numbers[_policy.LIMBO_COUNT],
-            "admitted": numbers[_policy.ADMITTED],
-            "not_admitted": numbers[_policy.REFUSED],
             "evicted": numbers[_policy.EVICTED],
-            "prefetched_useful": numbers[_policy.USEFUL],
-            "prefetched_wasted": numbers[_policy.WASTED],
+            **_counts_by_name(counts),
         }
 
     def check_integrity(self) -> None:
@@ -318,15 +358,17 @@ class Cache:
             linked.append((entries[entries != 0] & 0xFFFFFFFF).astype(np.int64))
         used = np.sort(np.concatenate(queues[:2]))
         assert np.array_equal(np.sort(np.concatenate(linked)), used)
+        for number, mine in enumerate(linked):
+            assert (writer.owners[mine] == number).all()
+            assert writer.counts[number, _policy.HELD] == len(mine)
 
 
-def read_counts(reader: Memory) -> dict[str, int]:
-    """What a reader counted."""
-    words = reader.words(WORD_LOOKUPS + 1)
+def _counts_by_name(counts: Sequence[int]) -> dict[str, int]:
     return {
-        "lookups": int(words[WORD_LOOKUPS]),
-        "hits": int(words[WORD_HITS]),
-        "misses": int(words[WORD_MISSES]),
+        "admitted": counts[_policy.ADMITTED],
+        "not_admitted": counts[_policy.REFUSED],
+        "prefetched_useful": counts[_policy.USEFUL],
+        "prefetched_wasted": counts[_policy.LEFT_UNUSED],
     }
 
 

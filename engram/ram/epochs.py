@@ -1,13 +1,15 @@
-"""The reader's side of the epoch rule: slots found while holding an epoch keep their bytes."""
+"""Epochs: who holds one finds slots that keep their bytes; who writes knows how long it waited."""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
 from engram._jit import fence_full, kernel, load_acquire, store_release
+from engram.ram import _policy
 from engram.ram.layout import WORD_EPOCH
 from engram.ram.memory import Memory
 
@@ -85,6 +87,32 @@ class Epochs:
                 self._when_free.append(then)
                 return
         then()
+
+
+class OldestEpoch:
+    """How long readers have kept slots that were evicted from being used again. For the writer,
+    under its lock.
+    """
+
+    def __init__(self) -> None:
+        self._now = self._oldest = 0
+        self._since_s = 0.0
+
+    def note(self, writer: _policy.Writer) -> None:
+        """Look at the readers' epochs, if a new one has begun."""
+        now = int(writer.numbers[_policy.EPOCH])
+        if now == self._now:
+            return
+        self._now, oldest = now, int(_policy.oldest_epoch(writer.readers, now))
+        if oldest != self._oldest:
+            self._oldest, self._since_s = oldest, time.monotonic()
+
+    def age_s(self, writer: _policy.Writer) -> float:
+        """Seconds since the oldest epoch that is held was first in the way; 0 if none is."""
+        now = int(writer.numbers[_policy.EPOCH])
+        oldest = int(_policy.oldest_epoch(writer.readers, now))
+        waits = oldest < now and oldest == self._oldest
+        return time.monotonic() - self._since_s if waits else 0.0
 
 
 _ALL: weakref.WeakSet[Epochs] = weakref.WeakSet()

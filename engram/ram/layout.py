@@ -29,7 +29,7 @@ from engram.rows import RowFormat
 from engram.spec import NgramSpec
 
 MAGIC = int.from_bytes(b"engramRT", "little")
-ABI = 1
+ABI = 2
 PAGE_BYTES = 4096
 LINE_BYTES = 64
 BUCKET_ENTRIES = 8
@@ -57,8 +57,9 @@ WORD_EPOCH = 64
 WORD_SLABS = 72
 """Slabs, from the first on, that have memory; reading another would take it."""
 
-# Counters in a reader's page.
-WORD_HITS, WORD_MISSES, WORD_LOOKUPS = 8, 9, 10
+# Counters in a reader's page, on one line: lookups and steps; n-grams of tokens that lookups found
+# in the arena or not; n-grams of tokens that steps on a device had there, read in place, or staged.
+WORD_HITS, WORD_MISSES, WORD_LOOKUPS, WORD_ON_DEVICE, WORD_IN_PLACE, WORD_STAGED = range(8, 14)
 
 # A head, in bytes.
 HEAD_TABLE, HEAD_ORDER, HEAD_IDS = 8, 12, 16

@@ -22,11 +22,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engram._background import Background
-from engram._counters import Counters
+from engram._counters import SECONDS, Counters, Histogram
 from engram._failures import Failures
 from engram._ngrams import number_ngrams
 from engram.errors import EngramError, OverloadError, RowIntegrityError
 from engram.ram import _staging
+from engram.ram._failed_rows import RowsOf
 from engram.ram.cache import Cache
 from engram.ram.layout import STAGED_HEAD_BYTES
 from engram.ram.memory import Memory
@@ -65,6 +66,10 @@ class MissPath:
         backing: the tier below.
         cache: where bundles are kept.
         number: of the table in the cache.
+
+    Attributes:
+        counters: of n-grams, and of requests that were refused.
+        seconds: how long requests took, with their wait.
     """
 
     def __init__(self, backing: Tier, cache: Cache, number: int) -> None:
@@ -74,7 +79,11 @@ class MissPath:
         self._bundle = cache.bundles[number]
         self._everything = Selection.of(backing.spec)
         self._rows_each = self._bundle.layers * self._bundle.heads
+        self._rows_of = RowsOf(backing.spec, self._everything)
         self.counters = Counters(
+            "ngrams_asked",
+            "ngrams_refused",
+            "ngrams_late",
             "ngrams_read",
             "ngrams_shared",
             "requests_refused",
@@ -85,6 +94,7 @@ class MissPath:
             "prefetches_cancelled",
             "prefetches_dropped",
         )
+        self.seconds = Histogram(SECONDS)
         # A backlog means that reads cannot keep up: more hints would only arrive late.
         self._background = Background("engram-prefetch", PENDING_NGRAMS_MAX)
         self._closed = False
@@ -127,7 +137,9 @@ class MissPath:
         """
         # Kernels take int64; ids use all 64 bits.
         request = _Request(ngrams, target, int(np.uint64(request_id).astype(np.int64)), then)
-        deadline = time.monotonic() + timeout_s
+        began = time.monotonic()
+        deadline = began + timeout_s
+        self.counters.add(ngrams_asked=len(ngrams))
         try:
             self._enqueue(request)
             while self._await_turn(request, deadline):
@@ -136,6 +148,8 @@ class MissPath:
         except BaseException:
             self._withdraw(request)
             raise
+        finally:
+            self.seconds.add(time.monotonic() - began)
         if request.error is not None:
             raise request.error
         return request.failures
@@ -144,7 +158,7 @@ class MissPath:
         with self._state:
             waiting = sum(len(each.ngrams) for each in self._waiting)
             if waiting and waiting + len(request.ngrams) > WAITING_NGRAMS_MAX:
-                self.counters.add(requests_refused=1)
+                self.counters.add(requests_refused=1, ngrams_refused=len(request.ngrams))
                 raise OverloadError(
                     f"{waiting:,} n-grams wait to be read from the table already; "
                     "send fewer at once, or try again later"
@@ -159,7 +173,7 @@ class MissPath:
                 if left > 0:
                     self._state.wait(left)
                 elif request in self._waiting:
-                    self.counters.add(requests_refused=1)
+                    self.counters.add(requests_refused=1, ngrams_late=len(request.ngrams))
                     raise OverloadError("the time limit passed; the device cannot keep up")
                 else:
                     # It is being read: its memory must not be left before that has ended.
@@ -235,7 +249,7 @@ class MissPath:
             _staging.copy_staged(mine, request.target, stride, request.request_id)
             at += len(mine)
             if failures:
-                request.failures = self._failures_among(request.ngrams, failures)
+                request.failures = self._rows_of.failures_among(request.ngrams, failures)
 
     def _scratch_memory(self) -> Memory:
         if self._scratch is None:
@@ -274,7 +288,7 @@ class MissPath:
         )
         bundles = target + absent * stride + STAGED_HEAD_BYTES + self._bundle.head_bytes
         if failures:
-            bundles[self._touched_by(wanted, failures)] = 0
+            bundles[self._rows_of.touched(wanted, failures)] = 0
         self._cache.fill(self._number, wanted, bundles, prefetched=prefetched)
         self.counters.add(ngrams_read=len(absent))
         return failures
@@ -291,34 +305,6 @@ class MissPath:
         except RowIntegrityError as error:
             failures.add(error.failures, error.cause)
         return self._rows, failures
-
-    def _row_ids(self, ngrams: Ngrams) -> tuple[Int64s, Int64s]:
-        """Model layer and row id of every row, int64 `[N, rows]`."""
-        positions, ids = self._backing.spec.ngram_rows(
-            ngrams.windows,
-            ngrams.orders,
-            self._everything.layer_array,
-            self._everything.column_array,
-            self._everything.ordered,
-            self._everything.order_bounds,
-        )
-        layers = np.array(self._backing.spec.layer_ids, np.int64)[positions]
-        return layers.reshape(len(ngrams), -1), ids.reshape(len(ngrams), -1)
-
-    def _touched_by(self, ngrams: Ngrams, failures: Failures) -> np.ndarray:
-        """bool `[N]`: which n-grams have a row that failed."""
-        failed = _failed(*self._row_ids(ngrams), failures)
-        touched: np.ndarray = np.asarray(failed.any(axis=1))
-        return touched
-
-    def _failures_among(self, ngrams: Ngrams, failures: Failures) -> Failures:
-        """Those failures that are rows of `ngrams`."""
-        layers, ids = self._row_ids(ngrams)
-        failed = _failed(layers, ids, failures)
-        mine = Failures()
-        for layer in np.unique(layers[failed]).tolist():
-            mine.add({layer: ids[failed & (layers == layer)].tolist()}, failures.cause)
-        return mine
 
     def prefetch(self, ngrams: Ngrams) -> Prefetch:
         """Bring n-grams into the arena when no lookup waits; returns at once."""
@@ -377,14 +363,6 @@ class MissPath:
         """End the prefetching thread; safe to call twice."""
         self._closed = True
         self._background.close()
-
-
-def _failed(layers: Int64s, ids: Int64s, failures: Failures) -> np.ndarray:
-    """bool, shaped like `ids`: which of these rows failed."""
-    failed = np.zeros(ids.shape, np.bool_)
-    for layer, rows in failures.rows.items():
-        failed |= (layers == layer) & np.isin(ids, np.array(rows, np.int64))
-    return failed
 
 
 _ALL: weakref.WeakSet[MissPath] = weakref.WeakSet()
