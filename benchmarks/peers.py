@@ -266,7 +266,7 @@ def tcp_sidecar(table: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         target = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "engram", "serve", "--table", f"table={table}"]
-    command += ["--listen", f"tcp:{target}", "--ram", "1GiB"]
+    command += ["--listen", f"tcp:{target}", "--ram", "1GiB", "--http", "off"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60

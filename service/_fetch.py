@@ -9,7 +9,7 @@ from engram._failures import Failures
 from engram._wire import pack_failures, unpack_ngrams
 from engram.errors import RequestError, UnavailableError
 from engram.proto.v1 import engram_pb2 as pb
-from engram.service import _errors
+from engram.service._traffic import Traffic
 from engram.tiers import Ngrams
 
 
@@ -33,11 +33,13 @@ class FetchWorker:
     Args:
         boot_id: of this server.
         leases: looks up tokens.
+        traffic: where requests are counted.
     """
 
-    def __init__(self, boot_id: str, leases: Leases) -> None:
+    def __init__(self, boot_id: str, leases: Leases, traffic: Traffic) -> None:
         self._boot_id = boot_id
         self._leases = leases
+        self._traffic = traffic
 
     def answer(self, request: pb.FetchRequest) -> Iterator[pb.FetchResponse]:
         """One reply; never raises."""
@@ -45,7 +47,7 @@ class FetchWorker:
         try:
             reply.failed.extend(pack_failures(self._fetch(request)))
         except Exception as error:
-            reply.error.CopyFrom(_errors.packed(error, "a fetch"))
+            reply.error.CopyFrom(self._traffic.packed(error, "a fetch"))
         yield reply
 
     def _fetch(self, request: pb.FetchRequest) -> Failures:
@@ -53,6 +55,7 @@ class FetchWorker:
         if lease is None:
             raise UnavailableError("the client's lease has ended; attach again")
         ngrams = _ngrams_of(request, lease)
+        self._traffic.asked(lease.table, "fetch", len(ngrams))
         # Until this returns, the lease keeps its memory mapped even if the client dies.
         chunk_bytes = lease.entries_per_chunk * lease.tier.bundle.staged_bytes
         failures: Failures = lease.tier.misses.read(

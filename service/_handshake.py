@@ -20,6 +20,7 @@ from engram.errors import (
     UnknownTableError,
 )
 from engram.proto.v1 import attach_pb2 as pb
+from engram.proto.v1.engram_pb2 import Error
 from engram.ram._terms import TOKEN_BYTES
 from engram.ram.fetch import REQUESTS_IN_FLIGHT_MAX
 from engram.ram.frames import (
@@ -33,7 +34,6 @@ from engram.ram.layout import ABI, BundleLayout
 from engram.ram.memory import SEALS_OF_READER, SEALS_OF_WRITER, Memory
 from engram.ram.misses import TURN_NGRAMS
 from engram.ram.tier import RamTier
-from engram.service import _errors
 from engram.store.reader import TableFiles
 
 HANDSHAKE_S = 5.0
@@ -88,6 +88,11 @@ class Handshake:
         self._tiers = dict(tiers)
         self._files = dict(files)
         self._manifests = {name: _manifest_memory(open_) for name, open_ in files.items()}
+
+    @property
+    def manifest_bytes(self) -> int:
+        """Of the memory that all clients get the tables' manifests in."""
+        return sum(memory.size for memory in self._manifests.values())
 
     def agree(self, connection: socket.socket, deadline: Deadline) -> ServedLease:
         """Everything up to the client's own memory; what comes is checked first.
@@ -171,9 +176,9 @@ def confirm(connection: socket.socket, deadline: Deadline) -> None:
     send_frame(connection, pb.FromServer(attached=pb.Attached()), deadline)
 
 
-def refuse(connection: socket.socket, error: Exception) -> None:
+def refuse(connection: socket.socket, why: Error) -> None:
     """Tell the client why it cannot attach, if it still listens."""
-    said = pb.FromServer(refusal=_errors.packed(error, "attaching a client"))
+    said = pb.FromServer(refusal=why)
     with suppress(UnavailableError):
         send_frame(connection, said, Deadline(_REFUSAL_S))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from engram.errors import RequestError, UnavailableError
 from engram.proto.v1 import engram_pb2 as pb
-from engram.service import _errors
 from engram.service._requests import prefetch_of
+from engram.service._traffic import Traffic
 from engram.tiers import Tier
 
 HANDLES_MAX = 1024
@@ -23,12 +23,20 @@ class Prefetches:
         boot_id: of this server.
         tier_of: the tier of a table's name and fingerprint.
         rows_max: rows that one request may ask for.
+        traffic: where requests are counted.
     """
 
-    def __init__(self, boot_id: str, tier_of: Callable[[str, str], Tier], rows_max: int) -> None:
+    def __init__(
+        self,
+        boot_id: str,
+        tier_of: Callable[[str, str], Tier],
+        rows_max: int,
+        traffic: Traffic,
+    ) -> None:
         self._boot_id = boot_id
         self._tier_of = tier_of
         self._rows_max = rows_max
+        self._traffic = traffic
         self._lock = threading.Lock()
         self._handles: dict[int, Any] = {}
         self._closed = False
@@ -39,7 +47,8 @@ class Prefetches:
         try:
             self._obey(request)
         except Exception as error:
-            reply.error.CopyFrom(_errors.packed(error, f"a prefetch of table {request.table}"))
+            doing = f"a prefetch of table {request.table}"
+            reply.error.CopyFrom(self._traffic.packed(error, doing))
         yield reply
 
     def _obey(self, request: pb.PrefetchRequest) -> None:
@@ -52,7 +61,9 @@ class Prefetches:
                 handle.cancel()
             return
         tier = self._tier_of(request.table, request.fingerprint)
-        handle = tier.prefetch(prefetch_of(request.ngrams, tier, self._rows_max))
+        ngrams = prefetch_of(request.ngrams, tier, self._rows_max)
+        self._traffic.asked(request.table, "prefetch", len(ngrams))
+        handle = tier.prefetch(ngrams)
         if handle is not None:
             self._keep(request.request_id, handle)
 

@@ -30,6 +30,7 @@ from engram.service._handshake import (
     peer_of,
     refuse,
 )
+from engram.service._traffic import Traffic
 from engram.service.sockets import socket_mode
 
 LEASES_MAX = 64
@@ -49,6 +50,7 @@ class AttachServer:
         files: opens the files of tables that clients may read directly, by name.
         uids: users that may attach, besides this process's own and root.
         leases_max: clients attached at once.
+        traffic: where refusals are counted; made when None.
 
     Raises:
         ConfigError: a socket cannot be had.
@@ -62,7 +64,9 @@ class AttachServer:
         *,
         uids: Collection[int] = (),
         leases_max: int = LEASES_MAX,
+        traffic: Traffic | None = None,
     ) -> None:
+        self._traffic = traffic or Traffic(tiers)
         self._uids = {os.geteuid(), 0, *uids}
         self._leases_max = leases_max
         self._handshake = Handshake(tiers, files)
@@ -101,6 +105,16 @@ class AttachServer:
         `ended_stopped` with the server."""
         with self._lock:
             return {"leases": self._leases, **{name: self._counts[name] for name in COUNTS}}
+
+    def memory_stats(self) -> dict[str, int]:
+        """Bytes of shared memory of all clients together, by purpose."""
+        with self._lock:
+            leases = [lease for _, lease in self._held.values()]
+        return {
+            "staging": sum(lease.staging.size for lease in leases),
+            "reader": sum(lease.reader.size for lease in leases),
+            "manifest": self._handshake.manifest_bytes,
+        }
 
     def drain(self) -> None:
         """Refuse new clients; those attached stay."""
@@ -160,8 +174,7 @@ class AttachServer:
         self._exhausted = False
         refusal = self._refusal(connection)
         if refusal is not None:
-            refuse(connection, refusal)
-            self._leave(connection, refused=True)
+            self._refuse(connection, refusal)
             return
         thread = threading.Thread(
             target=self._attach, args=(connection,), name="engram-handshake", daemon=True
@@ -171,9 +184,13 @@ class AttachServer:
         try:
             thread.start()
         except RuntimeError:
-            refuse(connection, OverloadError("the sidecar has no thread left; try again later"))
-            self._leave(connection, refused=True)
+            no_thread = OverloadError("the sidecar has no thread left; try again later")
+            self._refuse(connection, no_thread)
             del self._handshakes[thread]
+
+    def _refuse(self, connection: socket.socket, error: Exception) -> None:
+        refuse(connection, self._traffic.packed(error, "attaching a client"))
+        self._leave(connection, refused=True)
 
     def _refusal(self, connection: socket.socket) -> EngramError | None:
         """Why `connection` is turned away at once; a place is taken for it otherwise, too."""
@@ -201,8 +218,7 @@ class AttachServer:
             lease = self._handshake.agree(connection, deadline)
             self._hold(connection, lease)
         except Exception as error:
-            refuse(connection, error)
-            self._leave(connection, refused=True)
+            self._refuse(connection, error)
         else:
             self._confirm(connection, deadline)
         finally:

@@ -3,6 +3,8 @@
     listen = ["unix:/run/engram/engram.sock", "tcp:127.0.0.1:7070"]
     ram = "8GiB"                # of all tables; if left out a quarter of what is allowed, or less
     attach_uids = [1001]        # users that may attach to it, besides the sidecar's own and root
+    http = "127.0.0.1:9471"     # /metrics, /livez and /readyz; "off" for none
+    http_public = false         # whether that address may be one that other hosts can reach
 
     [[table]]
     name = "qwen"
@@ -21,8 +23,8 @@
     drain_seconds = 30.0        # time that running requests get after SIGTERM
 
 Variables: ENGRAM_LISTEN (addresses), ENGRAM_TABLE (NAME=PATH) and ENGRAM_ATTACH_UIDS, each
-comma-separated; ENGRAM_RAM, ENGRAM_TLS_<key> and ENGRAM_LIMITS_<key>. Tables add up, by name;
-other lists replace one another.
+comma-separated; ENGRAM_RAM, ENGRAM_HTTP, ENGRAM_HTTP_PUBLIC, ENGRAM_TLS_<key> and
+ENGRAM_LIMITS_<key>. Tables add up, by name; other lists replace one another.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engram.errors import ConfigError
-from engram.service.sockets import Address, parse_address
+from engram.service.sockets import HTTP_DEFAULT, Address, parse_address, parse_http
 from engram.sizes import parse_size
 
 _SECTIONS = ("tls", "limits")
 _LISTS = {"ENGRAM_LISTEN": "listen", "ENGRAM_ATTACH_UIDS": "attach_uids"}
+_SCALARS = {"ENGRAM_RAM": "ram", "ENGRAM_HTTP": "http", "ENGRAM_HTTP_PUBLIC": "http_public"}
 # Not settings: where compiled code is kept, and what Kubernetes sets for a Service named engram.
 _NOT_OURS = re.compile(
     r"ENGRAM_(CACHE_DIR|(.+_)?SERVICE_(HOST|PORT)(_.*)?|PORT(_.*)?|.+_PORT(_.*)?)"
@@ -50,6 +53,7 @@ _NOT_OURS = re.compile(
 Size = Annotated[int, BeforeValidator(lambda given: _in_pydantic(parse_size, given))]
 Uid = Annotated[int, Field(ge=0, lt=2**32 - 1)]
 Listen = Annotated[Address, BeforeValidator(lambda given: _in_pydantic(parse_address, given))]
+Http = Annotated[Address | None, BeforeValidator(lambda given: _in_pydantic(parse_http, given))]
 
 
 def _in_pydantic(parse: Any, given: Any) -> Any:
@@ -95,6 +99,8 @@ class Config(_Frozen):
     table: tuple[TableConfig, ...] = Field(min_length=1)
     ram: Size | None = None
     attach_uids: tuple[Uid, ...] = ()
+    http: Http = parse_http(HTTP_DEFAULT)
+    http_public: bool = False
     tls: TlsConfig | None = None
     limits: Limits = Limits()
 
@@ -118,6 +124,12 @@ class Config(_Frozen):
                     f"{address} can be reached from other hosts, so it needs [tls]; "
                     "add certificates or listen on tcp:127.0.0.1"
                 )
+        if self.http is not None and self.http.leaves_host and not self.http_public:
+            raise ValueError(
+                f"http {self.http.host}:{self.http.port} can be reached from other hosts, where "
+                "anyone could read it; use 127.0.0.1, or allow that with http_public = true "
+                "(--http-public)"
+            )
         return self
 
 
@@ -127,6 +139,8 @@ def load_config(
     tables: Sequence[str] = (),
     listen: Sequence[str] = (),
     ram: str | None = None,
+    http: str | None = None,
+    http_public: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Config:
     """Read the file, then the variables, then the flags.
@@ -136,6 +150,8 @@ def load_config(
         tables: flags, NAME=PATH each.
         listen: flags, addresses.
         ram: flag, a size.
+        http: flag, HOST:PORT or "off".
+        http_public: flag.
         environment: `os.environ` when None.
 
     Raises:
@@ -145,6 +161,8 @@ def load_config(
     _add(fields, *_from_environment(os.environ if environment is None else environment))
     flags: dict[str, Any] = {"listen": list(listen)} if listen else {}
     flags |= {} if ram is None else {"ram": ram}
+    flags |= {} if http is None else {"http": http}
+    flags |= {"http_public": True} if http_public else {}
     _add(fields, flags, [_table(flag) for flag in tables])
     for needed, flag in (("table", "--table NAME=PATH"), ("listen", "--listen unix:PATH")):
         if not fields.get(needed):
@@ -183,8 +201,8 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], l
             fields.setdefault(section, {})[key] = value
         elif variable in _LISTS:
             fields[_LISTS[variable]] = items
-        elif section == "ram" and not key:
-            fields["ram"] = value
+        elif variable in _SCALARS:
+            fields[_SCALARS[variable]] = value
         elif section == "table" and not key:
             tables = [_table(item) for item in items]
         else:

@@ -12,6 +12,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,8 +32,10 @@ from engram.proto.v1.engram_pb2_grpc import add_EngramServicer_to_server
 from engram.ram.limits import DEFAULT_SHARE, check_budget, memory_allowed
 from engram.ram.tier import RamTier, ram_tiers
 from engram.rows import Rows
+from engram.service._endpoint import Endpoint
 from engram.service._fetch import Leases
 from engram.service._handshake import OpenFiles
+from engram.service._traffic import Traffic
 from engram.service.attach import AttachServer
 from engram.service.config import Config, Limits, TlsConfig
 from engram.service.servicer import Servicer
@@ -47,6 +50,8 @@ UNARY_WORKERS = 8
 STREAMS_OF_A_CLIENT = 3
 """Lookup, Fetch and Prefetch."""
 REFLECTION_STREAMS_MAX = UNARY_WORKERS // 2
+UNARY_S = 1.0
+"""Time that calls which are no streams get at the end; watchers of the health do not hold it up."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -61,6 +66,7 @@ class Server:
         tls: for TCP addresses; None for plaintext.
         leases: of clients that attached; None where none can.
         boot_id: of the tiers' shared memory; made when None.
+        traffic: where requests are counted; made when None.
 
     Raises:
         ConfigError: an address cannot be had.
@@ -75,6 +81,7 @@ class Server:
         *,
         leases: Leases | None = None,
         boot_id: str | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self._limits = limits = limits or Limits()
         self._names = tuple(tiers)
@@ -96,6 +103,7 @@ class Server:
             limits.streams,
             leases=leases,
             boot_id=boot_id,
+            traffic=traffic,
         )
         add_EngramServicer_to_server(self.servicer, self._grpc)  # type: ignore[no-untyped-call]
         self._health = health.HealthServicer(experimental_non_blocking=True)
@@ -130,9 +138,12 @@ class Server:
 
     def stop(self) -> None:
         """Refuse new work, let running requests end within the limit, then end all."""
+        deadline = time.monotonic() + self._limits.drain_seconds
         self._health.enter_graceful_shutdown()
         self.servicer.drain()
-        self._grpc.stop(self._limits.drain_seconds).wait()
+        # gRPC takes no calls once it stops, and probes are to be told that this is no failure.
+        self.servicer.wait_until_idle(self._limits.drain_seconds)
+        self._grpc.stop(max(0.0, min(UNARY_S, deadline - time.monotonic()))).wait()
 
 
 class _BoundedReflection(reflection.ReflectionServicer):  # type: ignore[misc]
@@ -202,9 +213,11 @@ def run(config: Config, open_tier: Callable[[Path], Tier] = open_table) -> int:
     logging.basicConfig(stream=sys.stderr, format="engram: %(levelname)s: %(message)s")
     with ExitStack() as held:
         _allow_many_files()
+        endpoint = Endpoint(config.http)
+        held.callback(endpoint.stop)
         for path in config.sockets:
             held.callback(SocketClaim(path).release)
-        _say(f"serving {_start(config, open_tier, held)}; ready")
+        _say(f"serving {_start(config, open_tier, endpoint, held)}; ready")
         stopping.wait()
         _say("stopping; running requests are finished first")
     return 0
@@ -248,16 +261,20 @@ def _open_tables(
     return tiers, files, said
 
 
-def _start(config: Config, open_tier: Callable[[Path], Tier], held: ExitStack) -> str:
+def _start(
+    config: Config, open_tier: Callable[[Path], Tier], endpoint: Endpoint, held: ExitStack
+) -> str:
     """Open and serve everything; what must be stopped and closed is `held`. What is served."""
     boot_id = secrets.token_bytes(16)
-    tiers, files, ram = _open_tables(config, boot_id, open_tier, held)
+    tiers, files, said = _open_tables(config, boot_id, open_tier, held)
+    traffic = Traffic(tiers)
     attach = AttachServer(
         config.sockets,
         tiers,
         files,
         uids=config.attach_uids,
         leases_max=config.limits.leases,
+        traffic=traffic,
     )
     held.callback(attach.stop)
     server = Server(
@@ -267,12 +284,20 @@ def _start(config: Config, open_tier: Callable[[Path], Tier], held: ExitStack) -
         config.tls,
         leases=attach.lease if config.sockets else None,
         boot_id=boot_id.hex(),
+        traffic=traffic,
     )
     held.callback(server.stop)
     held.callback(attach.drain)
+    held.callback(endpoint.drain)
+    if endpoint.url:
+        # Only here, because it takes a while and not everybody wants it.
+        from engram.service.metrics import Metrics
+
+        endpoint.ready(Metrics(tiers, attach, server.servicer).text)
+        said += f"; metrics at {endpoint.url}"
     server.start()
     attach.start()
-    return f"{_listing(tiers)} on {', '.join(map(str, server.addresses))}; {ram}"
+    return f"{_listing(tiers)} on {', '.join(map(str, server.addresses))}; {said}"
 
 
 def _allow_many_files() -> None:

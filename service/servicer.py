@@ -22,11 +22,11 @@ from engram.errors import (
 from engram.proto.v1 import engram_pb2 as pb
 from engram.proto.v1.engram_pb2_grpc import EngramServicer
 from engram.rows import Rows
-from engram.service import _errors
 from engram.service._fetch import FetchWorker, Leases
 from engram.service._prefetch import Prefetches
 from engram.service._requests import Piece, read_of
 from engram.service._stream import Answer, AnswerStream
+from engram.service._traffic import Traffic
 from engram.tiers import Int64s, Tier
 
 CHUNK_BYTES = 1 << 20
@@ -45,6 +45,7 @@ class Servicer(EngramServicer):
         streams_max: streams of each kind that may be open at once.
         leases: of clients that attached; None where none can.
         boot_id: of this server; made when None.
+        traffic: where requests are counted; made when None.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Servicer(EngramServicer):
         *,
         leases: Leases | None = None,
         boot_id: str | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
+        self.traffic = traffic or Traffic(tiers)
         self.boot_id = boot_id or secrets.token_hex(16)
         self._leases = leases
         self._tiers = dict(tiers)
@@ -64,7 +67,7 @@ class Servicer(EngramServicer):
         self._streams_max = streams_max
         self._limits = pb.Limits(max_rows=rows_max, max_message_bytes=message_bytes_max)
         self._tables = {name: self._describe(name, tier) for name, tier in tiers.items()}
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._streams: set[AnswerStream] = set()
         self._draining = False
 
@@ -82,6 +85,22 @@ class Servicer(EngramServicer):
             limits=self._limits,
             attach=self._leases is not None,
         )
+
+    @property
+    def draining(self) -> bool:
+        """Whether new work is refused."""
+        return self._draining
+
+    @property
+    def clients(self) -> int:
+        """Connections that lookups come over: open Lookup and Fetch streams."""
+        with self._lock:
+            return sum(stream.kind is not pb.PrefetchResponse for stream in self._streams)
+
+    def wait_until_idle(self, timeout_s: float) -> None:
+        """Wait until all streams have ended, so long at most."""
+        with self._lock:
+            self._lock.wait_for(lambda: not self._streams, timeout_s)
 
     def drain(self) -> None:
         """Refuse new work, and ask the clients to finish what is in flight."""
@@ -103,13 +122,13 @@ class Servicer(EngramServicer):
             self._refuse_when_draining()
             self._named(request.name)
         except EngramError as error:
-            _abort(context, error)
+            self._abort(context, error)
         return self._tables[request.name]
 
     def Prefetch(  # noqa: N802
         self, requests: Iterator[pb.PrefetchRequest], context: Any
     ) -> Iterator[pb.PrefetchResponse]:
-        prefetches = Prefetches(self.boot_id, self.tier, self.rows_max)
+        prefetches = Prefetches(self.boot_id, self.tier, self.rows_max, self.traffic)
         try:
             yield from self._serve(
                 requests, context, lambda: prefetches.answer, 1, pb.PrefetchResponse
@@ -127,7 +146,7 @@ class Servicer(EngramServicer):
     def Fetch(  # noqa: N802
         self, requests: Iterator[pb.FetchRequest], context: Any
     ) -> Iterator[pb.FetchResponse]:
-        worker = FetchWorker(self.boot_id, self._leases or (lambda token: None))
+        worker = FetchWorker(self.boot_id, self._leases or (lambda token: None), self.traffic)
         yield from self._serve(requests, context, lambda: worker.answer, WORKERS, pb.FetchResponse)
 
     def _serve(
@@ -142,7 +161,7 @@ class Servicer(EngramServicer):
         try:
             stream = self._open_stream(requests, answer, workers, kind)
         except EngramError as error:
-            _abort(context, error)
+            self._abort(context, error)
         try:
             # Also wakes workers that wait for room in the queue of a client that is gone.
             context.add_callback(stream.close)
@@ -152,6 +171,7 @@ class Servicer(EngramServicer):
         finally:
             with self._lock:
                 self._streams.discard(stream)
+                self._lock.notify_all()
 
     def _open_stream(
         self, requests: Iterator[Any], answer: Callable[[], Answer], workers: int, kind: type
@@ -194,6 +214,13 @@ class Servicer(EngramServicer):
             )
         return tier
 
+    def _abort(self, context: Any, error: EngramError) -> NoReturn:
+        self.traffic.reject(error)
+        fault = fault_of(error)
+        context.set_trailing_metadata(((ERROR_CODE_KEY, str(int(fault.code))),))
+        context.abort(fault.status, str(error))
+        raise AssertionError("abort raises")
+
 
 class _Worker:
     """Answers one request at a time, with buffers it keeps."""
@@ -211,7 +238,7 @@ class _Worker:
                 request_id=request.request_id,
                 boot_id=self._servicer.boot_id,
                 last=True,
-                error=_errors.packed(error, f"a lookup of table {request.table}"),
+                error=self._servicer.traffic.packed(error, f"a lookup of table {request.table}"),
             )
 
     def _rows(self, request: pb.LookupRequest) -> Iterator[pb.LookupResponse]:
@@ -219,6 +246,9 @@ class _Worker:
         tier = servicer.tier(request.table, request.fingerprint)
         chunk_rows = max(1, CHUNK_BYTES // tier.row_format.row_bytes)
         wanted = read_of(request, tier, servicer.rows_max, chunk_rows)
+        if request.WhichOneof("rows_of") == "ngrams":
+            ngrams = len(request.ngrams.ngrams.orders)
+            servicer.traffic.asked(request.table, "lookup", ngrams)
         failures = Failures()
         sent = 0
         for piece in wanted.pieces:
@@ -257,10 +287,3 @@ def _read(piece: Piece, out: Rows, places: Int64s, failures: Failures) -> None:
         piece.read(out, places[: piece.rows])
     except RowIntegrityError as error:
         failures.add(error.failures, error.cause)
-
-
-def _abort(context: Any, error: EngramError) -> NoReturn:
-    fault = fault_of(error)
-    context.set_trailing_metadata(((ERROR_CODE_KEY, str(int(fault.code))),))
-    context.abort(fault.status, str(error))
-    raise AssertionError("abort raises")

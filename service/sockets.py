@@ -24,6 +24,7 @@ from engram.errors import ConfigError
 from engram.ram.frames import attach_path
 
 SOCKET_MODE = 0o660
+HTTP_DEFAULT = "127.0.0.1:9471"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,46 @@ def parse_address(text: str | Address) -> Address:
     return Address(path)
 
 
+def parse_http(text: str | Address | None) -> Address | None:
+    """Parse `HOST:PORT`; None for `off`.
+
+    Raises:
+        ConfigError: of another form.
+    """
+    if text is None or isinstance(text, Address):
+        return text
+    if str(text) == "off":
+        return None
+    try:
+        return Address(None, *split_port(str(text)))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; 'off' is for no HTTP") from None
+
+
+def bind_http(address: Address) -> socket.socket:
+    """A socket that listens at `address`.
+
+    Raises:
+        ConfigError: as `require_free_port`.
+    """
+    try:
+        require_free_port(address)
+        family, place = _places(address)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen()
+        except OSError as error:
+            listener.close()
+            raise ConfigError(
+                f"cannot listen on {address}: {error.strerror}; choose another"
+            ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{error} with --http ('off' for none)") from None
+    return listener
+
+
 def require_free_port(address: Address) -> None:
     """Refuse a TCP address that cannot be bound, before gRPC tries and logs lines of its own.
 
@@ -76,13 +117,8 @@ def require_free_port(address: Address) -> None:
         ConfigError: something listens there, the host is unknown or not this one, or the port
             needs privileges.
     """
-    try:
-        found = socket.getaddrinfo(address.host.strip("[]"), address.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {address}: {error.strerror}; check the host's name"
-        ) from None
-    tried = [_try_bind(family, place) for family, *_, place in found]
+    found = _places(address)
+    tried = [_try_bind(family, place) for family, place in found]
     refused = [reason for reason in tried if reason is not None]
     if any(reason.errno == errno.EADDRINUSE for reason in refused):
         raise ConfigError(
@@ -94,6 +130,18 @@ def require_free_port(address: Address) -> None:
         raise ConfigError(
             f"cannot listen on {address}: {refused[0].strerror}; choose another host or port"
         )
+
+
+def _places(address: Address) -> list[tuple[int, tuple[Any, ...]]]:
+    """Families and addresses of a host and port."""
+    host = address.host.strip("[]")
+    try:
+        found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {address}: {error.strerror}; check the host's name"
+        ) from None
+    return [(family, place) for family, *_, place in found]
 
 
 def _try_bind(family: int, place: tuple[Any, ...]) -> OSError | None:

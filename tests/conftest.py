@@ -23,6 +23,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Sidecars started by commands would take a quarter of the machine each.
 os.environ.setdefault("ENGRAM_RAM", "16MiB")
+# And all of them the same port.
+os.environ.setdefault("ENGRAM_HTTP", "off")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Sidecar processes for tests: over tables on disk, or over the plain model with faults.
 
 As a program it is a sidecar itself: `python sidecars.py JSON` with {"listen", "tables", "ram",
-"tls", "limits"}, where a table is a directory or a dict of `Model` fields.
+"tls", "http", "limits"}, where a table is a directory or a dict of `Model` fields.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ START_SECONDS_MAX = 60
 class Sidecar:
     """A running process; `address` is where to connect."""
 
-    def __init__(self, socket: Path, tables: dict, *, listen=(), tls=None, ram="4MiB", **limits):
+    def __init__(
+        self, socket: Path, tables: dict, *, listen=(), tls=None, ram="4MiB", http="off", **limits
+    ):
         self.socket = socket
         self.address = f"unix:{socket}"
         self.told = {
@@ -32,6 +34,7 @@ class Sidecar:
             "tables": tables,
             "tls": tls,
             "ram": ram,
+            "http": http,
             "limits": limits,
         }
         self.start()
@@ -123,6 +126,7 @@ def main(told: dict) -> int:
             ],
             "tls": told["tls"],
             "ram": told["ram"],
+            "http": told["http"],
             "limits": told["limits"],
         }
     )

@@ -16,7 +16,18 @@ from conftest import build_synthetic, small_qwen
 
 from engram.rows import RowFormat
 
-COMMANDS = ("import", "synth", "inspect", "verify", "serve", "bench", "demo", "torture")
+COMMANDS = (
+    "import",
+    "synth",
+    "inspect",
+    "verify",
+    "serve",
+    "stats",
+    "health",
+    "bench",
+    "demo",
+    "torture",
+)
 
 
 def engram(*arguments, **options):

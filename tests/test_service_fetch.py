@@ -27,6 +27,7 @@ from engram.ram.tier import ram_tiers
 from engram.rows import Rows
 from engram.service import _prefetch
 from engram.service._prefetch import Prefetches
+from engram.service._traffic import Traffic
 from engram.service.attach import AttachServer
 from engram.service.config import Limits
 from engram.service.server import Server
@@ -285,7 +286,7 @@ class HandleTier:
 @pytest.fixture
 def prefetches():
     tier = HandleTier()
-    return Prefetches("boot", lambda name, fingerprint: tier, 10**6), tier.handles
+    return Prefetches("boot", lambda name, fingerprint: tier, 10**6, Traffic([""])), tier.handles
 
 
 def _ask(prefetches, request_id, **what):

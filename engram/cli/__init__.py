@@ -19,7 +19,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_COMMANDS = ("import_", "synth", "inspect", "verify", "serve", "bench", "demo", "torture")
+_COMMANDS = (
+    "import_",
+    "synth",
+    "inspect",
+    "verify",
+    "serve",
+    "stats",
+    "health",
+    "bench",
+    "demo",
+    "torture",
+)
 
 
 def _show_version(wanted: bool) -> None:

@@ -27,6 +27,15 @@ def register(app: typer.Typer) -> None:
             "what this process may have, or the tables' size if that is less.",
             metavar="SIZE",
         ),
+        http: str | None = typer.Option(
+            None,
+            help="Where /metrics, /livez and /readyz are, 127.0.0.1:9471 if left out; 'off' for "
+            "none.",
+            metavar="HOST:PORT",
+        ),
+        http_public: bool = typer.Option(
+            False, "--http-public", help="Allow an --http address that other hosts can reach."
+        ),
     ) -> None:
         """Serve tables to the model processes of this host until SIGTERM.
 
@@ -37,6 +46,8 @@ def register(app: typer.Typer) -> None:
         from engram.service.config import load_config
         from engram.service.server import run
 
-        settings = load_config(config, tables=table, listen=listen, ram=ram)
+        settings = load_config(
+            config, tables=table, listen=listen, ram=ram, http=http, http_public=http_public
+        )
         announce_compilation()
         raise typer.Exit(run(settings))

@@ -28,7 +28,7 @@ def sidecar(socket: Path, tables: Mapping[str, Path], ram: str = "64MiB") -> Ite
         UnavailableError: it did not start, with its last words; or did not stop cleanly.
     """
     command = [sys.executable, "-m", "engram", "serve", "--listen", f"unix:{socket}"]
-    command += ["--ram", ram]
+    command += ["--ram", ram, "--http", "off"]
     for name, path in tables.items():
         command += ["--table", f"{name}={path}"]
     log = socket.with_suffix(".log")

@@ -56,7 +56,8 @@ _U64 = np.uint64
 NUMBERS = 10
 
 # Fields of `counts`, of each table: its slots now, and what happened since the start. An n-gram
-# left unused was prefetched for nothing, one left once was not asked for again, a cold one had been.
+# that left unused was prefetched for nothing; one that left once came and was not asked for again,
+# or too late; one that left cold had been.
 HELD, ADMITTED, REFUSED, USEFUL, LEFT_UNUSED, LEFT_ONCE, LEFT_COLD = range(7)
 COUNTS = 7
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from engram.errors import ConfigError, StoreError
 from engram.ram import _fill, _policy, _staging
+from engram.ram.epochs import OldestEpoch
 from engram.ram.layout import (
     ABI,
     MAGIC,
@@ -36,7 +37,6 @@ from engram.ram.layout import (
     BundleLayout,
     pack_view,
 )
-from engram.ram.epochs import OldestEpoch
 from engram.ram.memory import SEALS_OF_WRITER, Memory, owning
 from engram.ram.reader_counts import ReaderCounts
 from engram.tiers import Int32s, Int64s, Ngrams
@@ -88,7 +88,7 @@ class Cache:
         self.seed = secrets.randbits(63)
         self.bundles = tuple(table.bundle for table in tables)
         self._tables = tuple(tables)
-        self._shared = shared
+        self.shared = shared
         self.slabs = tuple(
             self._memory(f"engram-slab-{number}", layout.slab_bytes(number))
             for number in range(layout.slabs)
@@ -136,7 +136,7 @@ class Cache:
         return self._reserved
 
     def _memory(self, name: str, size: int) -> Memory:
-        if not self._shared:
+        if not self.shared:
             return Memory.private(size)
         return Memory.shared(name, size, SEALS_OF_WRITER, reserve=name.startswith(_DIRECTORY))
 
@@ -382,7 +382,7 @@ _ALL: weakref.WeakSet[Cache] = weakref.WeakSet()
 def _renew_after_fork() -> None:
     # The parent may have been writing; what it left behind is nobody's to finish.
     for cache in _ALL:
-        if not cache._shared:
+        if not cache.shared:
             cache._renew()
             cache._reserve()
 

@@ -32,7 +32,7 @@ from engram.ram.cache import Cache
 from engram.ram.layout import STAGED_HEAD_BYTES
 from engram.ram.memory import Memory
 from engram.rows import Rows
-from engram.tiers import Int64s, Ngrams, Prefetch, Selection, Tier
+from engram.tiers import Ngrams, Prefetch, Selection, Tier
 
 TURN_NGRAMS = 512
 """N-grams read in one turn, and most that one request may name."""

@@ -51,7 +51,7 @@ class SidecarProcess:
 
     def __init__(self, table: Path, name: str, socket: Path, ram: int) -> None:
         command = [sys.executable, "-m", "engram", "serve", "--listen", f"unix:{socket}"]
-        command += ["--table", f"{name}={table}", "--ram", str(ram)]
+        command += ["--table", f"{name}={table}", "--ram", str(ram), "--http", "off"]
         self.started_at = time.monotonic()
         self.ready_at = 0.0
         self.killed = False
