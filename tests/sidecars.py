@@ -59,6 +59,11 @@ class Sidecar:
                 ready.set()
         ready.set()
 
+    @property
+    def http(self) -> str:
+        """HOST:PORT of its HTTP, if it was given one."""
+        return self.lines[-1].partition("metrics at http://")[2].partition("/")[0]
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()

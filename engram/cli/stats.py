@@ -38,19 +38,11 @@ def register(app: typer.Typer) -> None:
         if as_json:
             typer.echo(json.dumps(figures, indent=1))
             return
-        from rich.table import Table as Grid
-
-        from engram.cli._output import console
-
-        grid = Grid.grid(padding=(0, 2))
-        grid.add_column(style="bold", no_wrap=True)
-        grid.add_column(overflow="fold")
-        grid.add_column(justify="right", no_wrap=True)
-        for figure in figures:
-            if not figure["name"].endswith("_bucket"):
-                labels = ", ".join(f"{name} {value}" for name, value in figure["labels"].items())
-                grid.add_row(figure["name"], labels, _plain(figure["value"]))
-        console.print(grid, markup=False)
+        rows = [_row(figure) for figure in figures if not figure["name"].endswith("_bucket")]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        # Plain lines, whatever their length: they are searched and cut by other programs.
+        for name, labels, value in rows:
+            typer.echo(f"{name:<{widths[0]}}  {labels:<{widths[1]}}  {value:>{widths[2]}}")
 
 
 def read_metrics(target: str) -> list[Metric]:
@@ -103,5 +95,7 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _plain(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+def _row(figure: dict[str, Any]) -> tuple[str, str, str]:
+    value = figure["value"]
+    labels = ", ".join(f"{name} {label}" for name, label in figure["labels"].items())
+    return figure["name"], labels, f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
