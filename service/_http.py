@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -21,7 +22,9 @@ from engram.errors import EngramError
 REQUEST_BYTES_MAX = 8192
 CONNECTION_S = 5.0
 """Time that a connection has from its beginning to the last byte of its answer."""
-CONNECTIONS_MAX = 128
+CONNECTIONS_MAX = 64
+"""Open at once; fewer where the process may have few descriptors, which clients need, too."""
+_SHARE_OF_DESCRIPTORS = 8
 TEXT = "text/plain; charset=utf-8"
 
 _log = logging.getLogger("engram.service")
@@ -57,6 +60,8 @@ class HttpServer:
         self._threads = {
             path: ThreadPoolExecutor(1, thread_name_prefix="engram-http") for path in pages
         }
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = max(2, min(CONNECTIONS_MAX, descriptors // _SHARE_OF_DESCRIPTORS))
         self._open: dict[asyncio.Task[None], None] = {}
         self._loop = asyncio.new_event_loop()
         self._over = asyncio.Event()
@@ -79,7 +84,7 @@ class HttpServer:
 
     async def _serve(self) -> None:
         server = await asyncio.start_server(
-            self._connected, sock=self._listener, limit=REQUEST_BYTES_MAX
+            self._connected, sock=self._listener, limit=REQUEST_BYTES_MAX, backlog=self._most
         )
         await self._over.wait()
         server.close()
@@ -91,7 +96,7 @@ class HttpServer:
         task = asyncio.current_task()
         assert task is not None
         self._open[task] = None
-        if len(self._open) > CONNECTIONS_MAX:
+        if len(self._open) > self._most:
             next(iter(self._open)).cancel()
         try:
             async with asyncio.timeout(CONNECTION_S):

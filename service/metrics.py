@@ -49,6 +49,7 @@ class Metrics:
         self._caches = {id(tier.cache): tier.cache for tier in tiers.values()}.values()
         self._attach = attach
         self._servicer = servicer
+        self._versions = (__version__, pb.DESCRIPTOR.package, str(ABI), version("lmdb"))
         before = self._samples()
         counted = [each.name for each in FAMILIES if each.kind in ("counter", "histogram")]
         self._before = {name: before[name] for name in counted if name not in _FOUND_AT_START}
@@ -78,8 +79,7 @@ class Metrics:
         def put(name: str, value: Any, *labels: str) -> None:
             samples[f"engram_{name}"][labels] = value
 
-        lmdb = version("lmdb")
-        put("build_info", 1, __version__, pb.DESCRIPTOR.package, str(ABI), lmdb)
+        put("build_info", 1, *self._versions)
         for name, tier in self._tiers.items():
             put("table_info", 1, name, tier.fingerprint)
             now = STATES[self._servicer.draining]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
 
 import numpy as np
@@ -106,6 +107,29 @@ def test_a_child_lets_go_of_nothing_that_its_parent_holds():
         for n, slot in enumerate(slots.tolist()):
             assert np.array_equal(arena.bundle(slot), bundle_bytes(0, (0, n)))
     assert seen(memory) == 0
+
+
+def test_how_long_a_reader_has_kept_slots_from_being_used_again():
+    cache = cache_of(40)
+    reader = ArenaReader.added(cache)
+
+    def age_s():
+        return cache.memory_stats()["oldest_epoch_age_s"]
+
+    fill(cache, 0, [(0, n) for n in range(40)])
+    with reader.holding():
+        time.sleep(0.02)
+        assert age_s() == 0, "nobody waits for its slots yet"
+        fill(cache, 0, [(1, n) for n in range(20)])
+        assert cache.memory_stats()["limbo_bytes"] > 0
+        time.sleep(0.02)
+        first = age_s()
+        assert first >= 0.02
+        fill(cache, 0, [(2, n) for n in range(20)])
+        assert age_s() >= first
+    assert age_s() == 0
+    fill(cache, 0, [(3, n) for n in range(20)])
+    assert age_s() == 0
 
 
 def test_readers_that_hit_everything_cannot_keep_the_writer_going_round():

@@ -13,6 +13,8 @@ from conftest import build_synthetic, small_qwen
 from devices import DEVICES, all_layers, expected, random_ids, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scraping import key, samples_at
+from sidecars import Sidecar
 
 import engram
 from engram.errors import (
@@ -248,3 +250,37 @@ def test_a_captured_graph_reads_each_steps_embeddings(v41_table):
             assert torch.equal(replayed, eager)
             if seed % 100 == 0:
                 assert same(out, expected(table, ids, torch.bfloat16))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sidecar_counts_what_steps_of_its_clients_found(tmp_path, v41_table, device):
+    """By token, as the steps themselves count it, and nothing for what was only kept."""
+    with (
+        Sidecar(tmp_path / "s", {"v41": v41_table}, ram="8MiB", http="127.0.0.1:0") as running,
+        engram.connect(running.address) as table,
+    ):
+        lookup = EngramLookup(table, device=device, hbm="64KiB")
+        for seed in (1, 1, 2, 3, 1):
+            lookup(torch.from_numpy(random_ids(table, 90, seed)))
+            assert table.on_devices[0]._reach.wait(10)
+        table.lookup(random_ids(table, 90, 1))
+        stats = [table.on_devices[0].stats(), table.stats()["tiers"][1]]
+        found = samples_at(running.http)
+    by_source = {
+        source: found[key("engram_gpu_ngrams_total", table="v41", source=source)]
+        for source in ("device", "arena", "staging")
+    }
+    counted = [stats[0][f"ngrams_{where}"] for where in ("on_device", "in_place", "staged")]
+    assert list(by_source.values()) == counted
+    assert sum(counted) == 5 * 90 * table.spec.num_orders
+    assert min(counted) > 0
+    served = {
+        tier: found[key("engram_ngrams_served_total", table="v41", tier=tier)]
+        for tier in ("gpu", "ram", "ssd")
+    }
+    assert served == {
+        "gpu": counted[0],
+        "ram": counted[1] + stats[1]["hits"],
+        "ssd": counted[2] + stats[1]["misses"],
+    }
+    assert stats[1]["hits"] + stats[1]["misses"] == 90 * table.spec.num_orders

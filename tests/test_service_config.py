@@ -35,12 +35,20 @@ drain_seconds = 1.5
 
 @pytest.fixture
 def load(tmp_path):
-    def load(text=None, tables=(), listen=(), ram=None, **environment):
+    def load(text=None, tables=(), listen=(), ram=None, http=None, public=False, **environment):
         path = None
         if text is not None:
             path = tmp_path / "engram.toml"
             path.write_text(text)
-        return load_config(path, tables=tables, listen=listen, ram=ram, environment=environment)
+        return load_config(
+            path,
+            tables=tables,
+            listen=listen,
+            ram=ram,
+            http=http,
+            http_public=public,
+            environment=environment,
+        )
 
     return load
 
@@ -97,6 +105,33 @@ def test_flags_win_over_variables_and_these_over_the_file(load):
     assert {t.name: str(t.path) for t in config.table}["new"] == "/flag"
 
 
+def _http(config):
+    return config.http and (config.http.host, config.http.port)
+
+
+def test_http_is_on_loopback_unless_said_otherwise(load):
+    assert _http(load(WHOLE)) == ("127.0.0.1", 9471)
+    text = 'http = "localhost:1"\n' + WHOLE
+    assert _http(load(text)) == ("localhost", 1)
+    assert _http(load(text, ENGRAM_HTTP="[::1]:2")) == ("[::1]", 2)
+    assert _http(load(text, ENGRAM_HTTP="[::1]:2", http="127.0.0.1:0")) == ("127.0.0.1", 0)
+    assert _http(load(text, ENGRAM_HTTP="off")) is None
+    assert _http(load('http = "off"\n' + WHOLE)) is None
+    assert _http(load(WHOLE, http="off")) is None
+
+
+def test_http_for_other_hosts_must_be_allowed(load):
+    everywhere = 'http = "0.0.0.0:9471"\n'
+    with pytest.raises(ConfigError, match=r"0\.0\.0\.0:9471 can be reached from other hosts"):
+        load(everywhere + WHOLE)
+    for allowed in (
+        load(everywhere + "http_public = true\n" + WHOLE),
+        load(everywhere + WHOLE, ENGRAM_HTTP_PUBLIC="true"),
+        load(everywhere + WHOLE, public=True),
+    ):
+        assert _http(allowed) == ("0.0.0.0", 9471)
+
+
 @pytest.mark.parametrize(
     "variable",
     ["ENGRAM_CACHE_DIR", "ENGRAM_PORT", "ENGRAM_SERVICE_HOST", "ENGRAM_PORT_7070_TCP_ADDR"],
@@ -139,6 +174,9 @@ BAD = {
     "a user by name": (WHOLE.replace("1002", '"root"'), {}, "attach_uids.1"),
     "nobody": (WHOLE, {"ENGRAM_ATTACH_UIDS": "4294967295"}, "attach_uids.0"),
     "no leases": (WHOLE.replace("leases = 5", "leases = 0"), {}, "limits.leases"),
+    "http no address": ('http = "9471"\n' + WHOLE, {}, "http: '9471' is not HOST:PORT"),
+    "http for other hosts": (WHOLE, {"http": "10.0.0.1:1"}, "--http-public"),
+    "http_public no answer": (WHOLE, {"ENGRAM_HTTP_PUBLIC": "perhaps"}, "http_public"),
     "half of tls": (WHOLE + "[tls]\nkey = 'k'", {}, "tls.certificate"),
 }
 

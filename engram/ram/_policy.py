@@ -303,10 +303,10 @@ def add_slots(writer, first, last):
 
 
 @kernel
-def settle_prefetches(writer):
-    """Count prefetched slots that were hit meanwhile as useful."""
+def settle_prefetches(writer, first, last):
+    """Count prefetched slots of `[first, last)` that were hit meanwhile as useful."""
     state = writer.state
-    for slot in range(state.size):
+    for slot in range(first, min(last, state.size)):
         if state[slot] & PREFETCHED:
             for reader in writer.readers:
                 touched = reader + PAGE_BYTES + slot

@@ -45,6 +45,7 @@ _DIRECTORY = "engram-directory"
 _RESERVED_AT_ONCE_BYTES = 256 << 20
 """Memory taken before a cache can be used; the rest follows in the background, because zeroing
 takes a second for a few GiB and nobody should wait for it."""
+_SETTLED_AT_ONCE = 1 << 18
 
 _log = logging.getLogger("engram.ram")
 
@@ -287,8 +288,8 @@ class Cache:
     def table_stats(self, number: int) -> dict[str, int]:
         """`held_bytes` of one table, and its counts since the start: see `stats`; n-grams that
         were evicted, by what they were `evicted_...`."""
+        self._settle_prefetches()
         with self.lock:
-            _policy.settle_prefetches(self._writer)
             counts = self._writer.counts[number].tolist()
         return {
             "held_bytes": counts[_policy.HELD] * self._slot_bytes,
@@ -297,6 +298,12 @@ class Cache:
             "evicted_once": counts[_policy.LEFT_ONCE],
             "evicted_cold": counts[_policy.LEFT_COLD],
         }
+
+    def _settle_prefetches(self) -> None:
+        """Count prefetches that were useful, in parts, because misses wait for the lock."""
+        for first in range(0, self.layout.slots, _SETTLED_AT_ONCE):
+            with self.lock:
+                _policy.settle_prefetches(self._writer, first, first + _SETTLED_AT_ONCE)
 
     @property
     def _slot_bytes(self) -> int:
@@ -318,8 +325,8 @@ class Cache:
 
     def stats(self) -> dict[str, int]:
         """Slots by place, and counts since the start."""
+        self._settle_prefetches()
         with self.lock:
-            _policy.settle_prefetches(self._writer)
             numbers = self._writer.numbers.tolist()
             counts = self._writer.counts.sum(axis=0).tolist()
         layout = self.layout
