@@ -25,6 +25,10 @@ CONNECTION_S = 5.0
 CONNECTIONS_MAX = 64
 """Open at once; fewer where the process may have few descriptors, which clients need, too."""
 _SHARE_OF_DESCRIPTORS = 8
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+)
+"""Pages may ask this server, and nobody else."""
 TEXT = "text/plain; charset=utf-8"
 
 _log = logging.getLogger("engram.service")
@@ -149,6 +153,7 @@ def _packed(answer: Answer, *, body: bool = True) -> bytes:
     head = (
         f"HTTP/1.1 {answer.status.value} {answer.status.phrase}\r\n"
         f"Content-Type: {answer.kind}\r\nContent-Length: {len(answer.body)}\r\n"
-        "X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
+        f"X-Content-Type-Options: nosniff\r\nContent-Security-Policy: {_POLICY}\r\n"
+        "Connection: close\r\n\r\n"
     )
     return head.encode() + (answer.body if body else b"")

@@ -34,6 +34,7 @@ from engram.ram.tier import RamTier, ram_tiers
 from engram.rows import Rows
 from engram.service._endpoint import Endpoint
 from engram.service._fetch import Leases
+from engram.service._history import History
 from engram.service._handshake import OpenFiles
 from engram.service._traffic import Traffic
 from engram.service.attach import AttachServer
@@ -293,8 +294,8 @@ def _start(
         # Only here, because it takes a while and not everybody wants it.
         from engram.service.metrics import Metrics
 
-        endpoint.ready(Metrics(tiers, attach, server.servicer).text)
-        said += f"; metrics at {endpoint.url}"
+        endpoint.ready(Metrics(tiers, attach, server.servicer).text, History(tiers))
+        said += f"; status and metrics at {endpoint.url}"
     server.start()
     attach.start()
     return f"{_listing(tiers)} on {', '.join(map(str, server.addresses))}; {said}"
