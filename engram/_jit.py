@@ -35,7 +35,8 @@ def _source_stamp() -> str:
     numba itself looks at the module a kernel stands in only, but a kernel inlines what it calls.
     """
     digest = hashlib.blake2s(digest_size=8)
-    folders = (_PACKAGE, _PACKAGE / "spec", _PACKAGE / "store", _PACKAGE / "ram", _PACKAGE / "gpu")
+    parts = ("spec", "store", "ram", "gpu", "sizing")
+    folders = (_PACKAGE, *(_PACKAGE / part for part in parts))
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

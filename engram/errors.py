@@ -10,6 +10,7 @@
     |-- StoreError            a table on disk that cannot be created or opened
     |   |-- DestinationError  the place to write to exists, is too small or is unsuitable
     |   `-- CorruptTableError bytes on disk that are not what was written
+    |-- TraceError            a trace that is damaged, says too little, or is of another table
     |-- RowIntegrityError     single rows that could not be read or verified; the others are valid
     |-- ConfigError           a configuration or command-line value that cannot be used
     `-- ServiceError          the sidecar
@@ -77,6 +78,10 @@ class DestinationError(StoreError):
 
 class CorruptTableError(StoreError):
     """A table's own structure (metas, tree, manifest, size) is not what was written."""
+
+
+class TraceError(EngramError):
+    """A trace of n-grams is damaged, of another format or table, or says too little."""
 
 
 class RowIntegrityError(EngramError):

@@ -30,6 +30,8 @@ _COMMANDS = (
     "bench",
     "demo",
     "torture",
+    "trace",
+    "plan",
 )
 
 

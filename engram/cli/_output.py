@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -41,23 +43,30 @@ TO_GO_ON = "; run the same command to go on where it stopped"
 
 
 @contextmanager
-def progress_bar(what: str, if_interrupted: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A bar over bytes on standard error; silent when that is not a terminal.
+def progress_bar(
+    what: str, if_interrupted: str = "", unit: str = ""
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error; silent when that is not a terminal.
 
     Args:
         what: a few words on the work.
         if_interrupted: what to tell someone who stops it.
+        unit: of what is counted; bytes if empty.
 
-    Yields a function of (bytes done, bytes in all).
+    Yields a function of (units done, units in all).
     """
+    columns: tuple[ProgressColumn, ...] = (
+        (MofNCompleteColumn(), TextColumn(unit))
+        if unit
+        else (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    )
     errors = Console(stderr=True)
     if errors.is_terminal:
         announce_compilation()
     with Progress(
         TextColumn("{task.description:.30}", markup=False),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *columns,
         TimeRemainingColumn(),
         console=errors,
         disable=not errors.is_terminal,

@@ -32,10 +32,10 @@ _WAITED = 0x20
 """Set when a prefetched slot came to the small queue's head unused, and went round once more."""
 GHOST_WAYS = 4
 _PLACE = 0x0F
-_SMALL_PERCENT = 25
-_PROMOTED_FROM = 2
-_EVICTED_AT_ONCE = 64
-_LOOKS_MAX = 4096
+SMALL_PERCENT = 25
+PROMOTED_FROM = 2
+EVICTED_AT_ONCE = 64
+LOOKS_MAX = 4096
 """Slots looked at for one eviction; the next goes, hit or not. Else readers that hit everything
 all the time could keep the writer going round for ever."""
 _U64 = np.uint64
@@ -176,7 +176,7 @@ def _move_on(writer, slot, seen):
         state[slot] |= _WAITED
         _push(writer.small, numbers, SMALL_HEAD, SMALL_COUNT, slot)
         return True
-    if _settle_prefetch(writer, slot, seen) < _PROMOTED_FROM:
+    if _settle_prefetch(writer, slot, seen) < PROMOTED_FROM:
         return False
     writer.hits[slot] = 0
     state[slot] = MAIN
@@ -191,10 +191,10 @@ def _evict(view, writer):
     looks = 0
     while numbers[SMALL_COUNT] + numbers[MAIN_COUNT] > 0:
         looks += 1
-        if numbers[SMALL_COUNT] * 100 >= view.slots * _SMALL_PERCENT or numbers[MAIN_COUNT] == 0:
+        if numbers[SMALL_COUNT] * 100 >= view.slots * SMALL_PERCENT or numbers[MAIN_COUNT] == 0:
             slot = _pop(writer.small, numbers, SMALL_HEAD, SMALL_COUNT)
             seen = _collect_touches(writer.readers, slot, writer.hits[slot])
-            if looks > _LOOKS_MAX:
+            if looks > LOOKS_MAX:
                 seen = np.int64(0)
             if _move_on(writer, slot, seen):
                 continue
@@ -204,7 +204,7 @@ def _evict(view, writer):
             slot = _pop(writer.main, numbers, MAIN_HEAD, MAIN_COUNT)
             seen = _collect_touches(writer.readers, slot, writer.hits[slot])
             _settle_prefetch(writer, slot, seen)
-            if seen > 0 and looks <= _LOOKS_MAX:
+            if seen > 0 and looks <= LOOKS_MAX:
                 writer.hits[slot] = seen - 1
                 _push(writer.main, numbers, MAIN_HEAD, MAIN_COUNT, slot)
                 continue
@@ -257,7 +257,7 @@ def free_slot(view, writer):
     """A slot to write to, after evicting a few if needed; -1 if there is none."""
     numbers = writer.numbers
     if numbers[FREE_COUNT] == 0:
-        for _ in range(min(_EVICTED_AT_ONCE, 1 + view.slots // 64)):
+        for _ in range(min(EVICTED_AT_ONCE, 1 + view.slots // 64)):
             if numbers[LIMBO_COUNT] >= numbers[LIMBO_MAX] or not _evict(view, writer):
                 break
         _reclaim(writer)

@@ -1,0 +1,1 @@
+"""Sizing: from the n-grams that were asked for to how much memory they want."""
