@@ -16,6 +16,7 @@ import bench_long
 import bench_lookup
 import bench_misses
 import bench_peers
+import bench_sizing
 from report import Line, save, show
 
 from engram.demo.corpus import tokenizer_file
@@ -25,13 +26,14 @@ from engram.ssd import schema_of
 from engram.store.synth import SyntheticSource
 from engram.store.writer import build_table
 
-PARTS = ("hash", "hits", "peers", "misses", "long", "warm", "cold", "grpc", "import")
+PARTS = ("hash", "hits", "peers", "misses", "long", "sizing", "warm", "cold", "grpc", "import")
 
 ON_ONE_TABLE = {
     "hits": bench_hits,
     "peers": bench_peers,
     "misses": bench_misses,
     "long": bench_long,
+    "sizing": bench_sizing,
 }
 
 
@@ -65,7 +67,7 @@ def _run(parts: list[str], place: Path, smoke: bool) -> Iterator[list[Line]]:
     """The lines of each part, once it has run."""
     if "hash" in parts:
         yield bench_hash.run(smoke)
-    if {"hits", "peers", "misses", "long", "warm", "cold", "grpc"} & set(parts):
+    if {*ON_ONE_TABLE, "warm", "cold", "grpc"} & set(parts):
         table = _table(place / "table", 2_000 if smoke else 320_000)
         for part, module in ON_ONE_TABLE.items():
             if part in parts:

@@ -11,7 +11,7 @@ import sys
 import pytest
 from test_tidy import ROOT
 
-PARTS = ("hash", "hits", "peers", "misses", "long", "warm", "cold", "grpc", "import")
+PARTS = ("hash", "hits", "peers", "misses", "long", "sizing", "warm", "cold", "grpc", "import")
 
 
 @pytest.mark.parametrize("part", PARTS)

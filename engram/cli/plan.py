@@ -120,7 +120,10 @@ def _show(plan: Plan) -> None:
         ram, pages, worst = ("-" if size is None else format_size(size) for size in sizes)
         if target.load is None:
             ram = "not with any"
-        grid.add_row(f"{target.hits:.0%}", ram, *_of_load(target.load), pages, worst)
+        name = f"{target.hits:.0%}"
+        if target.of_most is not None:
+            name = f"{target.hits:.1%} ({target.of_most:.0%} of the most)"
+        grid.add_row(name, ram, *_of_load(target.load), pages, worst)
     console.print(grid)
     grid = Grid("", "RAM", "HBM", "hits", "of them HBM", *columns)
     for each in plan.choices:

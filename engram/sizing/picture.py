@@ -36,7 +36,7 @@ def draw(plan: Plan) -> str:
         _line(ours, _OURS),
     ]
     for target in plan.targets:
-        if target.ram_bytes is not None:
+        if target.ram_bytes:
             x, y = place(max(target.ram_bytes, round(2**low)), target.hits)
             label = f"{target.hits:.0%}: {format_size(target.ram_bytes)}"
             parts += [_dot(x, y, _OURS), _text(x + 8, y + 16, label)]

@@ -45,16 +45,18 @@ class Load:
 
 @dataclass(frozen=True)
 class Target:
-    """What a part of hits costs; None everywhere where no memory reaches it.
+    """What a part of hits costs; None where no memory reaches it.
 
     Attributes:
         hits: 0 to 1, of all n-grams asked for.
+        of_most: the part of `Plan.most_hits` that this is, where that was what was wanted.
         ram_bytes: of the RAM tier.
         page_cache_bytes: of page cache with as many hits, if rows share pages as hashing has it.
         page_cache_worst_bytes: the same if no two rows shared a page.
     """
 
     hits: float
+    of_most: float | None = None
     ram_bytes: int | None = None
     load: Load | None = None
     page_cache_bytes: int | None = None
@@ -93,6 +95,7 @@ class Plan:
     """All that `engram plan` says.
 
     Attributes:
+        targets: of `TARGETS`; if these are out of reach, then also that part of `most_hits` each.
         most_hits: with memory for every n-gram asked for; the others were never asked for before.
     """
 
@@ -190,17 +193,22 @@ def make_plan(
         rows = reads * per_token
         return Load(rows, drive.reads_per_second / rows if rows else None)
 
-    def target(hits: float) -> Target:
+    def target(hits: float, of_most: float | None = None) -> Target:
         slots = curve.slots_for(hits)
         cached = pages.bytes_for(hits) or (None, None)
         if slots is None:
-            return Target(hits)
-        return Target(hits, geometry.ram_bytes(slots), load(curve.reads_at(slots)), *cached)
+            return Target(hits, of_most, None, None, *cached)
+        reads = load(curve.reads_at(slots))
+        return Target(hits, of_most, geometry.ram_bytes(slots), reads, *cached)
 
     def choice(name: str, ram: int, hbm: int = 0) -> Choice:
         found = replay_tiers(trace, geometry.ram_slots(ram), geometry.hbm_slots(hbm))
         return Choice(name, ram, hbm, found.hits, found.hbm_hits, load(found.reads))
 
+    most = curve.hits_at(curve.points[-1].slots)
+    targets = [target(hits) for hits in TARGETS]
+    if most < TARGETS[-1]:
+        targets += [target(part * most, part) for part in TARGETS]
     choices = [choice("now", ram), choice("twice the RAM", 2 * ram)]
     choices += [choice("with HBM", ram, hbm)] if hbm else []
     return Plan(
@@ -210,9 +218,9 @@ def make_plan(
         accesses=trace.accesses,
         samples=len(trace.orders),
         level=trace.level,
-        most_hits=curve.hits_at(float(curve.points[-1].slots)),
+        most_hits=most,
         drive=drive,
-        targets=tuple(map(target, TARGETS)),
+        targets=tuple(targets),
         choices=tuple(choices),
         steps=tuple(_steps(curve, pages, geometry)),
     )

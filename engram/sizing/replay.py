@@ -11,11 +11,13 @@ import numpy.typing as npt
 from engram.errors import TraceError
 from engram.sizing import _miniature
 from engram.sizing.curve import SAMPLES_MIN, Curve
-from engram.sizing.simulator import LEVEL_MAX, SLOTS_MAX, Hashes, Simulator, sizes_from
+from engram.sizing.simulator import LEVEL_MAX, Hashes, Simulator, sizes_from
 from engram.sizing.trace import Trace
 from engram.tiers import Int64s
 
 _CHUNK_SAMPLES = 1 << 16
+# Nobody waits for a lookup here, so miniatures may be larger than while serving, and chance less.
+_SLOTS_MAX, _BYTES_MAX = 1 << 15, 64 << 20
 Bools = npt.NDArray[np.bool_]
 Progress = Callable[[int, int], None]
 
@@ -41,8 +43,8 @@ class Outcome:
 
 def size_for(slots: int, level: int) -> tuple[int, int]:
     """(level, slots) of the miniature for a tier of `slots` slots: the coarsest sample that
-    leaves it `SLOTS_MAX` slots, but none finer than `level`."""
-    while slots >> (level + 1) >= SLOTS_MAX and level < LEVEL_MAX:
+    leaves it `_SLOTS_MAX` slots, but none finer than `level`."""
+    while slots >> (level + 1) >= _SLOTS_MAX and level < LEVEL_MAX:
         level += 1
     return level, max(1, slots >> level)
 
@@ -64,7 +66,8 @@ def replay(
         TraceError: the second half holds too little.
     """
     _require_samples(trace)
-    simulator = Simulator(sizes or sizes_from(trace.level, trace.accesses), recency=recency)
+    sizes = sizes or sizes_from(trace.level, trace.accesses, _SLOTS_MAX, _BYTES_MAX)
+    simulator = Simulator(sizes, recency=recency)
     hashes, starts, middle = trace.hashes(), trace.starts, _middle(trace)
     for first, last in ((0, middle), (middle, len(trace.lookups))):
         simulator.forget_counts()

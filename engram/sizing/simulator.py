@@ -49,23 +49,27 @@ def hash_ngrams(windows: Int32s, orders: npt.NDArray[np.uint8]) -> Hashes:
     return out
 
 
-def sizes_from(level: int, largest: int) -> list[tuple[int, int]]:
+def sizes_from(
+    level: int, largest: int, slots_max: int = SLOTS_MAX, bytes_max: int = STATE_BYTES_MAX
+) -> list[tuple[int, int]]:
     """(level, slots) of miniatures of a geometric row of real sizes, finest sample `level`.
 
     Real sizes are `slots << level`, doubling up to at least `largest` slots or, if that would
-    take more than `STATE_BYTES_MAX`, as far as that goes.
+    take more than `bytes_max`, as far as that goes.
+
+    Args:
+        slots_max: of one miniature, a power of two from `SLOTS_MIN` on.
     """
     sizes, slots = [], SLOTS_MIN
-    while slots < SLOTS_MAX:
-        sizes.append((level, slots))
-        slots *= 2
     while True:
-        sizes.append((level, SLOTS_MAX))
-        if SLOTS_MAX << level >= largest or level == LEVEL_MAX:
+        sizes.append((level, slots))
+        more = level < LEVEL_MAX and state_bytes([*sizes, (level, slots_max)]) <= bytes_max
+        if slots << level >= largest or not more:
             return sizes
-        if state_bytes([*sizes, sizes[-1]]) > STATE_BYTES_MAX:
-            return sizes
-        level += 1
+        if slots < slots_max:
+            slots *= 2
+        else:
+            level += 1
 
 
 def state_bytes(sizes: list[tuple[int, int]]) -> int:
