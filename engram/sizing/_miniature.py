@@ -222,6 +222,9 @@ def _admit(bank, i, hashed):
 def run(bank, i, hashes, starts, outcome):
     """Run miniature `i`: each lookup is looked up as a whole, then what it missed comes in.
 
+    A repeat of a miss is told by its being there by then. So what a lookup repeats is read twice
+    here, unlike in the tier, if the lookup missed more than the small queue holds meanwhile.
+
     Args:
         hashes: uint64 `[A]`, n-grams of all lookups in order, sampled or not.
         starts: int64 `[B + 1]`, where each lookup begins in `hashes`, then A.

@@ -24,6 +24,8 @@ def reads_per_second(path: Path, seconds: float = 1.0) -> float:
         ConfigError: the file is too small, or the file system has no direct reads.
     """
     pages = path.stat().st_size // PAGE_BYTES
+    if not pages:
+        raise ConfigError(f"{path} is too small to measure; name the drive's rate with --iops")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
@@ -56,7 +58,7 @@ def _read(descriptor: int, pages: int, seconds: float, seed: int, counts: list[i
     with mmap.mmap(-1, PAGE_BYTES) as room:
         while time.monotonic() < until:
             try:
-                os.preadv(descriptor, [room], choose.randrange(max(1, pages)) * PAGE_BYTES)
+                os.preadv(descriptor, [room], choose.randrange(pages) * PAGE_BYTES)
             except OSError:
                 return
             count += 1

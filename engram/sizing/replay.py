@@ -16,8 +16,8 @@ from engram.sizing.trace import Trace
 from engram.tiers import Int64s
 
 _CHUNK_SAMPLES = 1 << 16
-# Nobody waits for a lookup here, so miniatures may be larger than while serving, and chance less.
-_SLOTS_MAX, _BYTES_MAX = 1 << 15, 64 << 20
+# No lookup waits here, so there may be more miniatures than while serving, and larger ones.
+_SLOTS_MIN, _SLOTS_MAX, _BYTES_MAX = 1 << 4, 1 << 15, 64 << 20
 Bools = npt.NDArray[np.bool_]
 Progress = Callable[[int, int], None]
 
@@ -66,7 +66,13 @@ def replay(
         TraceError: the second half holds too little.
     """
     _require_samples(trace)
-    sizes = sizes or sizes_from(trace.level, trace.accesses, _SLOTS_MAX, _BYTES_MAX)
+    sizes = sizes or sizes_from(
+        trace.level,
+        trace.accesses,
+        slots_min=_SLOTS_MIN,
+        slots_max=_SLOTS_MAX,
+        bytes_max=_BYTES_MAX,
+    )
     simulator = Simulator(sizes, recency=recency)
     hashes, starts, middle = trace.hashes(), trace.starts, _middle(trace)
     for first, last in ((0, middle), (middle, len(trace.lookups))):

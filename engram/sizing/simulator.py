@@ -50,7 +50,12 @@ def hash_ngrams(windows: Int32s, orders: npt.NDArray[np.uint8]) -> Hashes:
 
 
 def sizes_from(
-    level: int, largest: int, slots_max: int = SLOTS_MAX, bytes_max: int = STATE_BYTES_MAX
+    level: int,
+    largest: int,
+    *,
+    slots_min: int = SLOTS_MIN,
+    slots_max: int = SLOTS_MAX,
+    bytes_max: int = STATE_BYTES_MAX,
 ) -> list[tuple[int, int]]:
     """(level, slots) of miniatures of a geometric row of real sizes, finest sample `level`.
 
@@ -58,9 +63,9 @@ def sizes_from(
     take more than `bytes_max`, as far as that goes.
 
     Args:
-        slots_max: of one miniature, a power of two from `SLOTS_MIN` on.
+        slots_min, slots_max: of one miniature, powers of two.
     """
-    sizes, slots = [], SLOTS_MIN
+    sizes, slots = [], slots_min
     while True:
         sizes.append((level, slots))
         more = level < LEVEL_MAX and state_bytes([*sizes, (level, slots_max)]) <= bytes_max

@@ -127,10 +127,12 @@ def read_trace(path: Path) -> Trace:
     """
     try:
         with open(open_regular(path), "rb") as stream:
-            data = stream.read(FILE_BYTES_MAX + 1)
+            # Asked for more than there is, a stream makes room for all of it first.
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(min(size, FILE_BYTES_MAX))
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}; check the path") from None
-    if len(data) > FILE_BYTES_MAX:
+    if size > FILE_BYTES_MAX:
         raise TraceError(f"{path} is over {FILE_BYTES_MAX >> 20} MiB, more than any trace")
     try:
         return _parsed(memoryview(data))
