@@ -27,6 +27,8 @@ COMMANDS = (
     "bench",
     "demo",
     "torture",
+    "trace",
+    "plan",
 )
 
 
