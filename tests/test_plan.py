@@ -191,7 +191,16 @@ def test_record_info_replay_plan(table, tmp_path):
 def require_schema(plan):
     assert plan["plan_version"] == PLAN_VERSION
     assert set(plan) == {
-        *("plan_version", "table", "fingerprint", "tokens", "accesses", "samples", "level"),
+        *(
+            "plan_version",
+            "table",
+            "table_bytes",
+            "fingerprint",
+            "tokens",
+            "accesses",
+            "samples",
+            "level",
+        ),
         *("most_hits", "drive", "targets", "choices", "steps"),
     }
     assert plan["drive"] == {"reads_per_second": 5000.0, "source": "as given"}

@@ -38,7 +38,8 @@ def register(app: typer.Typer) -> None:
 
         The RAM tier's own policy is simulated on the trace; its first half only fills the tiers.
         Nothing is prefetched, and rows that are not in a tier are read from disk, one 4 KiB read
-        each, as if the page cache had none.
+        each, as if the page cache had none. Beside it: the page cache that hits as much without a
+        RAM tier, and the same if no two rows shared a page.
 
         Example: engram plan qwen.trace --table /srv/engram/qwen --hbm 2GiB --plot plan.svg
         """
@@ -98,6 +99,7 @@ def _drive(table: Path, iops: float | None) -> Drive:
 
 
 def _show(plan: Plan) -> None:
+    from rich.table import Column
     from rich.table import Table as Grid
 
     from engram.cli._output import console, print_facts
@@ -105,7 +107,7 @@ def _show(plan: Plan) -> None:
 
     print_facts(
         {
-            "table": plan.table,
+            "table": f"{plan.table}, {format_size(plan.table_bytes)} of rows",
             "trace": f"{plan.tokens:,} tokens, {plan.accesses:,} n-grams, "
             f"{plan.samples:,} of them sampled (1 in {2**plan.level:,})",
             "drive": f"{plan.drive.reads_per_second:,.0f} reads/s, {plan.drive.source}",
@@ -113,19 +115,19 @@ def _show(plan: Plan) -> None:
         },
         as_json=False,
     )
-    columns = ("SSD reads/token", "tokens/s")
-    grid = Grid("hits", "RAM", *columns, "page cache for as many", "one row a page")
+    columns = ("reads/token", "tokens/s")
+    grid = Grid(Column("hits", no_wrap=True), "RAM", *columns, "page cache", "at worst")
     for target in plan.targets:
         sizes = (target.ram_bytes, target.page_cache_bytes, target.page_cache_worst_bytes)
         ram, pages, worst = ("-" if size is None else format_size(size) for size in sizes)
         if target.load is None:
-            ram = "not with any"
+            ram = "never"
         name = f"{target.hits:.0%}"
         if target.of_most is not None:
-            name = f"{target.hits:.1%} ({target.of_most:.0%} of the most)"
+            name = f"{target.hits:.1%}, {target.of_most:.0%} of most"
         grid.add_row(name, ram, *_of_load(target.load), pages, worst)
     console.print(grid)
-    grid = Grid("", "RAM", "HBM", "hits", "of them HBM", *columns)
+    grid = Grid("", "RAM", "HBM", "hits", "in HBM", *columns)
     for each in plan.choices:
         grid.add_row(
             each.name,

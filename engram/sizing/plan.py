@@ -11,6 +11,7 @@ from engram.sizing.curve import Curve
 from engram.sizing.geometry import Geometry
 from engram.sizing.replay import replay, replay_tiers
 from engram.sizing.trace import Trace
+from engram.store.layout import PAGE_BYTES
 
 PLAN_VERSION = 1
 TARGETS = (0.80, 0.90, 0.95)
@@ -95,11 +96,13 @@ class Plan:
     """All that `engram plan` says.
 
     Attributes:
+        table_bytes: of the pages that hold its rows: no page cache needs more.
         targets: of `TARGETS`; if these are out of reach, then also that part of `most_hits` each.
         most_hits: with memory for every n-gram asked for; the others were never asked for before.
     """
 
     table: str
+    table_bytes: int
     fingerprint: str
     tokens: int
     accesses: int
@@ -213,6 +216,7 @@ def make_plan(
     choices += [choice("with HBM", ram, hbm)] if hbm else []
     return Plan(
         table=geometry.name,
+        table_bytes=geometry.pages * PAGE_BYTES,
         fingerprint=geometry.fingerprint,
         tokens=trace.tokens,
         accesses=trace.accesses,
