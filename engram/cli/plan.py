@@ -115,7 +115,7 @@ def _show(plan: Plan) -> None:
         },
         as_json=False,
     )
-    columns = ("reads/token", "tokens/s")
+    columns = ("reads a token", "tokens a second")
     grid = Grid(Column("hits", no_wrap=True), "RAM", *columns, "page cache", "at worst")
     for target in plan.targets:
         sizes = (target.ram_bytes, target.page_cache_bytes, target.page_cache_worst_bytes)
