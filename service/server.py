@@ -34,8 +34,8 @@ from engram.ram.tier import RamTier, ram_tiers
 from engram.rows import Rows
 from engram.service._endpoint import Endpoint
 from engram.service._fetch import Leases
-from engram.service._history import History
 from engram.service._handshake import OpenFiles
+from engram.service._history import History
 from engram.service._traffic import Traffic
 from engram.service.attach import AttachServer
 from engram.service.config import Config, Limits, TlsConfig
