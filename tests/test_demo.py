@@ -18,6 +18,9 @@ def test_the_demo_checks_every_byte_and_the_model(tmp_path):
     assert len(re.findall("identical", done.stdout)) == 2
     cold, warm = re.findall(r"from RAM \((\d+\.\d)%\)", done.stdout.replace("\n", " "))
     assert float(cold) < float(warm) == 100.0
+    assert re.search(r"status page was at http://127\.0\.0\.1:\d+/", done.stdout)
+    assert "80%" in done.stdout  # of the plan
+    assert "twice the RAM" in done.stdout
     assert (tmp_path / "v41" / "table.json").exists()
     assert (tmp_path / "qwen" / "table.json").exists()
 

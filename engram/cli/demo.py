@@ -34,7 +34,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Build a table, serve it, stream real text from two processes, check every byte.
 
-        Then run a small Qwen4Exp model with its table resident and offloaded, and compare.
+        Then run a small Qwen4Exp model with its table resident and offloaded, and compare; and say
+        how much memory would be worth having for that text.
 
         Example: engram demo --vocab-size 8000 --tokens 8192
         """
@@ -66,7 +67,7 @@ def _demo(place: Path, vocab_size: int, tokens: int, steps: int, ram: str) -> bo
     from engram.bench import drop_cache
     from engram.cli._output import console
     from engram.demo.model import compare, quiet_transformers, tiny_model
-    from engram.demo.sidecar import sidecar
+    from engram.demo.sidecar import sidecar, status_page
     from engram.remote import connect
     from engram.store.manifest import DATA_FILE
 
@@ -80,7 +81,9 @@ def _demo(place: Path, vocab_size: int, tokens: int, steps: int, ram: str) -> bo
     _import(place / "qwen-checkpoint", place / "qwen")
     drop_cache(place / "v41" / DATA_FILE)
     tables = {"v41": place / "v41", "qwen": place / "qwen"}
-    with sidecar(place / "engram.sock", tables, ram) as target:
+    with sidecar(place / "engram.sock", tables, ram, http="127.0.0.1:0") as target:
+        page = status_page(place / "engram.sock")
+        console.print(f"  status page: {page}")
         console.print(
             f"[bold]3[/bold] {CLIENTS} client processes send the standard library's text, twice"
         )
@@ -89,7 +92,25 @@ def _demo(place: Path, vocab_size: int, tokens: int, steps: int, ram: str) -> bo
         with connect(target, "qwen") as remote:
             model_result = compare(place / "qwen-checkpoint", remote)
     console.print()
-    return _report(table, clients, model_result, time.perf_counter() - began)
+    sound = _report(table, clients, model_result, time.perf_counter() - began)
+    console.print()
+    _plan(tables["v41"], tokens, steps, ram)
+    console.print(f"The status page was at {page}; a sidecar of yours has one, too.")
+    return sound
+
+
+def _plan(table: Path, tokens: int, steps: int, ram: str) -> None:
+    """What memory would have done for the text that the clients sent."""
+    from engram.cli._output import console
+    from engram.cli.plan import drive_of, show
+    from engram.demo.traffic import recorded
+    from engram.sizes import parse_size
+    from engram.sizing.geometry import Geometry
+    from engram.sizing.plan import make_plan
+
+    console.print("[bold]engram plan[/bold] for this traffic")
+    trace = recorded(table, CLIENTS, tokens, steps)
+    show(make_plan(trace, Geometry.of(table), drive_of(table), ram=parse_size(ram)))
 
 
 def _synthetic_table(path: Path, vocab_size: int) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def register(app: typer.Typer) -> None:
         hbm_bytes = _size("--hbm", hbm) if hbm else 0
         recorded, geometry = read_trace(trace), Geometry.of(table)
         recorded.require_table(geometry.fingerprint, str(table))
-        drive = _drive(table, iops)
+        drive = drive_of(table, iops)
         with progress_bar("simulating", unit="n-grams") as progress:
             found = make_plan(
                 recorded, geometry, drive, ram=ram_bytes, hbm=hbm_bytes, progress=progress
@@ -70,7 +70,7 @@ def register(app: typer.Typer) -> None:
         if as_json:
             typer.echo(json.dumps(found.to_dict(), indent=1))
         else:
-            _show(found)
+            show(found)
 
 
 def _size(option: str, text: str) -> int:
@@ -88,7 +88,8 @@ def _default_ram() -> int:
     return memory_allowed() // DEFAULT_SHARE
 
 
-def _drive(table: Path, iops: float | None) -> Drive:
+def drive_of(table: Path, iops: float | None = None) -> Drive:
+    """A drive of this rate, or the table's own, measured."""
     from engram.sizing.drive import reads_per_second
     from engram.sizing.plan import Drive
     from engram.store.manifest import DATA_FILE
@@ -98,7 +99,8 @@ def _drive(table: Path, iops: float | None) -> Drive:
     return Drive(reads_per_second(table / DATA_FILE), "measured here for a second")
 
 
-def _show(plan: Plan) -> None:
+def show(plan: Plan) -> None:
+    """Print it for people."""
     from rich.table import Column
     from rich.table import Table as Grid
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,14 @@ _START_SECONDS_MAX = 60.0
 
 
 @contextmanager
-def sidecar(socket: Path, tables: Mapping[str, Path], ram: str = "64MiB") -> Iterator[str]:
+def sidecar(
+    socket: Path, tables: Mapping[str, Path], ram: str = "64MiB", http: str = "off"
+) -> Iterator[str]:
     """Run `engram serve` over `tables` on a Unix socket; ends with SIGTERM.
 
     Args:
         ram: size of the RAM tier.
+        http: where it serves its status page; see `status_page`.
 
     Yields the address to connect to.
 
@@ -28,10 +32,10 @@ def sidecar(socket: Path, tables: Mapping[str, Path], ram: str = "64MiB") -> Ite
         UnavailableError: it did not start, with its last words; or did not stop cleanly.
     """
     command = [sys.executable, "-m", "engram", "serve", "--listen", f"unix:{socket}"]
-    command += ["--ram", ram, "--http", "off"]
+    command += ["--ram", ram, "--http", http]
     for name, path in tables.items():
         command += ["--table", f"{name}={path}"]
-    log = socket.with_suffix(".log")
+    log = _log_of(socket)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
@@ -42,6 +46,16 @@ def sidecar(socket: Path, tables: Mapping[str, Path], ram: str = "64MiB") -> Ite
         status = process.wait(timeout=60)
     if status:
         raise UnavailableError(f"the sidecar ended with status {status}: {_last_line(log)}")
+
+
+def status_page(socket: Path) -> str:
+    """Where the sidecar on this socket serves its status page, as it said when it started."""
+    said = re.search(r"http://\S+/", _log_of(socket).read_text())
+    return said.group() if said else ""
+
+
+def _log_of(socket: Path) -> Path:
+    return socket.with_suffix(".log")
 
 
 def _wait_until_serving(process: subprocess.Popen[bytes], target: str, log: Path) -> None:

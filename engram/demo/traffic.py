@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ import numpy.typing as npt
 
 from engram.demo.corpus import source_tokens
 from engram.rows import Rows
+from engram.sizing.record import Recorder
+from engram.sizing.trace import Trace
+from engram.ssd import SsdTier
 from engram.store.synth import synthetic_rows
 from engram.table import Table
 
@@ -71,6 +76,29 @@ def batches(
     for newest in (places + step for step in range(steps)):
         history = np.stack([text[newest - context + k] for k in range(context)], axis=1)
         yield Batch("decode", text[newest], starts, history)
+
+
+def recorded(table: Path, clients: int, tokens: int, steps: int) -> Trace:
+    """A trace of what all clients together ask of a table, in turns; see `run`.
+
+    Args:
+        table: its directory.
+        clients: how many, with seeds from 0 on.
+        tokens, steps: of each.
+    """
+    tier = SsdTier(table)
+    try:
+        spec, fingerprint = tier.spec, tier.fingerprint
+    finally:
+        tier.close()
+    recorder = Recorder(spec, fingerprint)
+    texts = [source_tokens(tokens, seed) for seed in range(clients)]
+    for _ in range(PASSES):
+        sent = (batches(text, spec.max_order - 1, steps, n) for n, text in enumerate(texts))
+        for together in zip_longest(*sent):
+            for batch in filter(None, together):
+                recorder.add(spec.windows(batch.tokens, batch.starts, batch.history))
+    return recorder.finish()
 
 
 def check_rows(table: Table, table_seed: int, batch: Batch, rows: Rows) -> int:
