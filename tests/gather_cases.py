@@ -19,23 +19,25 @@ from engram.tiers import Selection
 
 TOKENS = 7
 GEOMETRIES = {
-    # dim, heads, columns or None for all, layers or None for all
-    "all": (64, 4, None, None),
-    "one layer": (64, 4, None, [3]),
-    "turned": (32, 2, [5, 0, 3], [3, 1]),
-    "odd": (96, 3, [8, 1, 2, 0], None),
-    "one head": (32, 1, None, None),
+    # dim, heads, columns or None for all, layers or None for all, layers of the table
+    "all": (64, 4, None, None, (1, 3)),
+    "one layer": (64, 4, None, [3], (1, 3)),
+    "turned": (32, 2, [5, 0, 3], [3, 1], (1, 3)),
+    "odd": (96, 3, [8, 1, 2, 0], None, (1, 3)),
+    "one head": (32, 1, None, None, (1, 3)),
+    "three of five layers": (64, 4, None, [9, 1, 3], (1, 3, 5, 7, 9)),
+    "more layers than a program has": (256, 8, None, None, (1, 3, 5)),
 }
 
 
-def spec_of(heads, dim):
+def spec_of(heads, dim, layers):
     return NgramSpec.qwen4_exp(
         vocab_size=300,
         ngram_size=4,
         heads_per_ngram=heads,
         ngram_vocab_size_base=500,
         eos_token_id=7,
-        ple_layer_ids=(1, 3),
+        ple_layer_ids=layers,
         ple_embed_dim=3 * heads * dim,
     )
 
@@ -51,12 +53,12 @@ def memory(size, device, seed):
 
 def check(name, geometry, dtype, device):
     """Whether kernel and twin wrote the same embeddings, and kept the same bytes."""
-    dim, heads, columns, layers = GEOMETRIES[geometry]
-    spec = spec_of(heads, dim)
+    dim, heads, columns, layers, table_layers = GEOMETRIES[geometry]
+    spec = spec_of(heads, dim, table_layers)
     row_format = RowFormat(name, dim, 0.37 if name in ("fp8", "nvfp4") else None)
     bundle = BundleLayout.of(spec, row_format)
-    model_layers = None if layers is None else [spec.layer_ids[layer > 1] for layer in layers]
-    selection = Selection.of(spec, model_layers, columns)
+    chosen = layers and [spec.layer_ids[table_layers.index(layer)] for layer in layers]
+    selection = Selection.of(spec, chosen, columns)
     plan = Plan.of(bundle, selection)
     orders, used = selection.orders, np.diff(selection.order_bounds) > 0
     whole, keep_a = memory(TOKENS * orders * bundle.slot_bytes, device, 1)

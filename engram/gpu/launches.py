@@ -68,6 +68,10 @@ class Launches:
     def __len__(self) -> int:
         return len(self._queue)
 
+    def holds(self, room: Room | None) -> bool:
+        """Whether a launch with this room was added."""
+        return bool(self._queue) and self._queue[-1].room is room
+
     def room(self, tokens: int) -> Room:
         """For addresses of `tokens`; what was in it is still there."""
         size = max(_LEAST_TOKENS, 1 << max(0, tokens - 1).bit_length())

@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -32,7 +32,7 @@ from engram.gpu import _sources
 from engram.gpu.find import Finder
 from engram.gpu.gather import Gather
 from engram.gpu.hbm import Hbm
-from engram.gpu.launches import Launch, Launches
+from engram.gpu.launches import Launch, Launches, Room
 from engram.gpu.plan import Plan
 from engram.gpu.prefetch import CHUNK_NGRAMS, Prefetcher
 from engram.gpu.reach import Reach, Staging, reach_of
@@ -92,7 +92,6 @@ class GpuTier:
                 )
         self._finder = Finder(tier, selection, self.plan, self._hbm, self._staging)
         self._began = self._interval = 0.0
-        self._used: Callable[[], torch.Tensor | None] = lambda: None
         self._lock = threading.Lock()
         self._launches = Launches(device, self.plan.orders)
         self._collecting = self._forked = False
@@ -117,6 +116,7 @@ class GpuTier:
 
         Raises: as `Tier.read`. Nothing may be read from `out` then.
         """
+        self.require_usable()
         tokens, began = len(windows), time.monotonic()
         self._interval, self._began = began - self._began, began
         with self._lock:
@@ -132,11 +132,19 @@ class GpuTier:
             self._keep_steps()
         return launches
 
-    def use(self, out: torch.Tensor) -> None:
-        """Keep memory of the caller's from being given to others while `stream` writes to it."""
-        if self._used() is not out:
-            out.record_stream(self.stream)
-            self._used = weakref.ref(out)
+    def require_usable(self) -> None:
+        """Before anything is asked of the device.
+
+        Raises:
+            StoreError: the tier is closed, or belongs to another process.
+        """
+        if self._forked:
+            raise StoreError(
+                f"{self.tier.name}: the GPU tier belongs to the process that this one was forked "
+                "from; open the table in this process"
+            )
+        if self._closed:
+            raise StoreError(f"{self.tier.name}: the table is closed; open it again")
 
     def check(self, launches: Sequence[Launch]) -> None:
         """Make sure that all that launches read had kept its bytes, until now.
@@ -190,6 +198,7 @@ class GpuTier:
         in_place, reach = self._arena()
         held = in_place.epochs.enter()
         found = np.empty(len(left), np.int64)
+        room: Room | None = None
         try:
             _sources.find_in_place(in_place.view, reach.reachable, left.windows, left.orders, found)
             come = np.flatnonzero(found)
@@ -204,12 +213,10 @@ class GpuTier:
             keep[at] = self._hbm.admit(left.take(come), prefetched=prefetched)
             # What is not kept is not read either.
             sources[keep == 0] = 0
-            done = self._queue(room.tensor, None, kept=True)
+            self._queue(room, None, in_place, held, kept=True)
         except BaseException:
-            self._failed(in_place, held)
+            self._failed(in_place, held, room)
             raise
-        self._hbm.came()
-        self._queued(Launch(done, in_place, held, room))
         return left.take(np.flatnonzero(found == 0))
 
     def _launch(self, windows: Int32s, out: torch.Tensor) -> Launch:
@@ -218,29 +225,43 @@ class GpuTier:
         held = in_place.epochs.enter()
         try:
             found = self._finder.find(windows, in_place, reach, room)
-            done = self._queue(room.tensor, out, kept=found.kept)
+            launch = self._queue(room, out, in_place, held, kept=found.kept)
             if found.staged:
-                self._staging.queued(done)
+                self._staging.queued(launch.done)
         except BaseException:
-            self._failed(in_place, held)
+            self._failed(in_place, held, room)
             raise
-        if self._hbm is not None:
-            self._hbm.came()
-            if found.in_place and not found.kept:
-                # What is in the arena comes to the device behind this step, not before it.
-                self._to_keep.append(windows)
-        return self._queued(Launch(done, in_place, held, room))
+        if self._hbm is not None and found.in_place and not found.kept:
+            # What is in the arena comes to the device behind this step, not before it.
+            self._to_keep.append(windows)
+        return launch
 
-    def _failed(self, in_place: InPlace, held: int) -> None:
+    def _failed(self, in_place: InPlace, held: int, room: Room | None) -> None:
         """Leave nothing of a launch that failed, at whatever point."""
         if self._cuda:
             self.stream.synchronize()  # it may have been queued all the same
-        in_place.epochs.leave(held)
+        if not self._launches.holds(room):
+            in_place.epochs.leave(held)
         if self._hbm:
             self._hbm.did_not_come()
 
-    def _queued(self, launch: Launch) -> Launch:
-        self._launches.add(launch)
+    def _queue(
+        self, room: Room, out: torch.Tensor | None, in_place: InPlace, held: int, *, kept: bool
+    ) -> Launch:
+        """Queue a launch; from then on it holds its room and its epoch until it has ended."""
+        done: Any = None
+        if self._cuda:
+            self._gather(room.tensor, out, self.stream, kept=kept)
+            done = self._launches.event(self.stream)
+        else:
+            self._gather(room.tensor, out, kept=kept)
+        launch = self._launches.add(Launch(done, in_place, held, room))
+        if self._hbm is not None:
+            self._hbm.came()
+        self._look_after(launch)
+        return launch
+
+    def _look_after(self, launch: Launch) -> None:
         if launch.done is None:
             self._collect()
         elif not self._collecting:
@@ -248,7 +269,6 @@ class GpuTier:
             with suppress(RuntimeError):  # no thread can be started now: the next step collects
                 thread.start()
                 self._collecting = True
-        return launch
 
     def _distrust(self, whole: bool) -> None:
         """Forget what is on the device if launches may have put anything there."""
@@ -258,23 +278,10 @@ class GpuTier:
     def _collect(self) -> None:
         self._distrust(self._launches.collect())
 
-    def _queue(self, addresses: torch.Tensor, out: torch.Tensor | None, *, kept: bool) -> Any:
-        if not self._cuda:
-            self._gather(addresses, out, kept=kept)
-            return None
-        self._gather(addresses, out, self.stream, kept=kept)
-        return self._launches.event(self.stream)
-
     def _arena(self) -> tuple[InPlace, Reach]:
         """The arena in use; a sidecar that was restarted has another."""
-        if self._forked:
-            raise StoreError(
-                f"{self.tier.name}: the GPU tier belongs to the process that this one was forked "
-                "from; open the table in this process"
-            )
+        self.require_usable()
         in_place = self.tier.in_place()
-        if self._closed:
-            raise StoreError(f"{self.tier.name}: the GPU tier is closed")
         if in_place is not self._in_place or self._reach is None:
             self._in_place, self._reach = in_place, reach_of(in_place, self.device)
         return in_place, self._reach

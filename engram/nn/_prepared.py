@@ -148,6 +148,7 @@ def prepare(
         SelectionError: an `out` that does not fit.
         Others: as `GpuTier.embed`.
     """
+    tier.require_usable()
     wanted = (len(layers), *shape, tier.width)
     stream = tier.stream
     owned = out is None
@@ -158,7 +159,8 @@ def prepare(
                 stream.wait_stream(torch.cuda.current_stream(tier.device))
             else:
                 stream.wait_event(after)
-            tier.use(out)
+            # Each time: the same tensor may have been given other memory since.
+            out.record_stream(stream)
     elif stream is None:
         out = torch.empty(wanted, dtype=dtype, device=tier.device)
     else:
