@@ -32,7 +32,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,6 +142,7 @@ def load_config(
     http: str | None = None,
     http_public: bool = False,
     environment: Mapping[str, str] | None = None,
+    origins: dict[str, str] | None = None,
 ) -> Config:
     """Read the file, then the variables, then the flags.
 
@@ -153,17 +154,30 @@ def load_config(
         http: flag, HOST:PORT or "off".
         http_public: flag.
         environment: `os.environ` when None.
+        origins: gets what gave each value that is not a default, by keys like `ram`,
+            `limits.streams` and `table.NAME`.
 
     Raises:
         ConfigError: anything unknown, missing, malformed or contradictory, in one line.
     """
+    origins = {} if origins is None else origins
     fields = _read_file(path) if path is not None else {}
-    _add(fields, *_from_environment(os.environ if environment is None else environment))
+    for key in _keys(fields, fields.get("table", [])):
+        origins[key] = f"file {path}"
+    upper, added = _from_environment(os.environ if environment is None else environment)
+    for key in _keys(upper, added):
+        setting = "table" if key.startswith("table.") else key
+        origins[key] = f"variable ENGRAM_{setting.replace('.', '_').upper()}"
+    _add(fields, upper, added)
     flags: dict[str, Any] = {"listen": list(listen)} if listen else {}
     flags |= {} if ram is None else {"ram": ram}
     flags |= {} if http is None else {"http": http}
     flags |= {"http_public": True} if http_public else {}
-    _add(fields, flags, [_table(flag) for flag in tables])
+    added = [_table(flag) for flag in tables]
+    for key in _keys(flags, added):
+        setting = "table" if key.startswith("table.") else key
+        origins[key] = f"flag --{setting.replace('_', '-')}"
+    _add(fields, flags, added)
     for needed, flag in (("table", "--table NAME=PATH"), ("listen", "--listen unix:PATH")):
         if not fields.get(needed):
             raise ConfigError(f"nothing to serve: no {needed} is given; add {flag}")
@@ -224,6 +238,17 @@ def _add(fields: dict[str, Any], upper: dict[str, Any], tables: list[Any]) -> No
     replaced = {table["name"] for table in tables}
     kept = [table for table in fields.get("table", []) if table.get("name") not in replaced]
     fields["table"] = kept + tables
+
+
+def _keys(fields: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Names of all values of a layer."""
+    for name, value in fields.items():
+        if name in _SECTIONS:
+            yield from (f"{name}.{key}" for key in value)
+        elif name != "table":
+            yield name
+    for table in tables:
+        yield f"table.{table.get('name')}"
 
 
 def _one_line(error: ValidationError, path: Path | None) -> str:

@@ -22,6 +22,7 @@ COMMANDS = (
     "inspect",
     "verify",
     "serve",
+    "config",
     "stats",
     "health",
     "bench",

@@ -25,6 +25,7 @@ _COMMANDS = (
     "inspect",
     "verify",
     "serve",
+    "config",
     "stats",
     "health",
     "bench",

@@ -6,36 +6,36 @@ from pathlib import Path
 
 import typer
 
+CONFIG = typer.Option(None, help="TOML file; flags add to it and win over it.", metavar="FILE")
+TABLE = typer.Option(
+    [], help="Serve the table at PATH as NAME; may be repeated.", metavar="NAME=PATH"
+)
+LISTEN = typer.Option([], help="unix:PATH, or tcp:HOST:PORT; may be repeated.", metavar="ADDRESS")
+RAM = typer.Option(
+    None,
+    help="Memory for what is read often, like 8GiB; 0 for none. If left out, a quarter of "
+    "what this process may have, or the tables' size if that is less.",
+    metavar="SIZE",
+)
+HTTP = typer.Option(
+    None,
+    help="Where /metrics, /livez and /readyz are, 127.0.0.1:9471 if left out; 'off' for none.",
+    metavar="HOST:PORT",
+)
+HTTP_PUBLIC = typer.Option(
+    False, "--http-public", help="Allow an --http address that other hosts can reach."
+)
+
 
 def register(app: typer.Typer) -> None:
     @app.command()
     def serve(
-        config: Path | None = typer.Option(
-            None, help="TOML file; flags add to it and win over it.", metavar="FILE"
-        ),
-        table: list[str] = typer.Option(
-            [], help="Serve the table at PATH as NAME; may be repeated.", metavar="NAME=PATH"
-        ),
-        listen: list[str] = typer.Option(
-            [],
-            help="unix:PATH, or tcp:HOST:PORT; may be repeated.",
-            metavar="ADDRESS",
-        ),
-        ram: str | None = typer.Option(
-            None,
-            help="Memory for what is read often, like 8GiB; 0 for none. If left out, a quarter of "
-            "what this process may have, or the tables' size if that is less.",
-            metavar="SIZE",
-        ),
-        http: str | None = typer.Option(
-            None,
-            help="Where /metrics, /livez and /readyz are, 127.0.0.1:9471 if left out; 'off' for "
-            "none.",
-            metavar="HOST:PORT",
-        ),
-        http_public: bool = typer.Option(
-            False, "--http-public", help="Allow an --http address that other hosts can reach."
-        ),
+        config: Path | None = CONFIG,
+        table: list[str] = TABLE,
+        listen: list[str] = LISTEN,
+        ram: str | None = RAM,
+        http: str | None = HTTP,
+        http_public: bool = HTTP_PUBLIC,
     ) -> None:
         """Serve tables to the model processes of this host until SIGTERM.
 
