@@ -24,6 +24,7 @@ COMMANDS = (
     "serve",
     "config",
     "stats",
+    "top",
     "health",
     "bench",
     "demo",

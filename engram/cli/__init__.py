@@ -27,6 +27,7 @@ _COMMANDS = (
     "serve",
     "config",
     "stats",
+    "top",
     "health",
     "bench",
     "demo",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 TIMEOUT_S = 10.0
-_DEFAULT = "127.0.0.1:9471"
+DEFAULT = "127.0.0.1:9471"
 _ANSWER_BYTES_MAX = 64 << 20
 
 
@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def stats(
         target: str = typer.Argument(
-            _DEFAULT,
+            DEFAULT,
             help="Where the sidecar answers HTTP: what serve was told with --http.",
             metavar="[HOST:PORT]",
             envvar="ENGRAM_HTTP",
@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
             typer.echo(f"{name:<{widths[0]}}  {labels:<{widths[1]}}  {value:>{widths[2]}}")
 
 
-def read_metrics(target: str) -> list[Metric]:
+def read_metrics(target: str, timeout_s: float = TIMEOUT_S) -> list[Metric]:
     """The metrics of the sidecar that answers HTTP at `target`, `HOST:PORT`.
 
     Raises:
@@ -62,7 +62,7 @@ def read_metrics(target: str) -> list[Metric]:
             f"{target} answers no HTTP; name the HOST:PORT that 'engram serve' was told with --http"
         )
     host, port = split_port(target)
-    connection = HTTPConnection(host.strip("[]"), port, timeout=TIMEOUT_S)
+    connection = HTTPConnection(host.strip("[]"), port, timeout=timeout_s)
     try:
         connection.request("GET", "/metrics", headers={"Accept": "application/openmetrics-text"})
         answer = connection.getresponse()
