@@ -154,6 +154,7 @@ FAMILIES = (
     ),
     Family("engram_clients", "gauge", {}, "Connections that lookups come over."),
     Family("engram_leases", "gauge", {}, "Clients that are attached to shared memory."),
+    Family("engram_leases_max", "gauge", {}, "Clients that may be attached at once."),
     Family(
         "engram_lease_ends_total",
         "counter",

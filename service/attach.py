@@ -98,6 +98,11 @@ class AttachServer:
         """The lease whose token this is; None if there is none any more."""
         return self._tokens.get(token)
 
+    @property
+    def leases_max(self) -> int:
+        """Clients that may be attached at once."""
+        return self._leases_max
+
     def stats(self) -> dict[str, int]:
         """`leases` now, those that end included until nothing is spared for them any more; since
         the start `attached`, `refused`, and leases that ended, by reason:

@@ -97,6 +97,7 @@ class Metrics:
         put("clients", self._servicer.clients)
         leases = self._attach.stats()
         put("leases", leases["leases"])
+        put("leases_max", self._attach.leases_max)
         for reason in ("closed", "protocol", "stopped"):
             put("lease_ends_total", leases[f"ended_{reason}"], reason)
         return samples

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engram.errors import DestinationError
 
-_NETWORK_FILE_SYSTEMS = re.compile(
+NETWORK_FILE_SYSTEMS = re.compile(
     r"9p|afs|beegfs|ceph|cifs|coda|glusterfs|gpfs|lustre|ncpfs|nfs4?|orangefs|pvfs2|smb3|smbfs|"
     r"fuse\.(ceph|gcsfuse|glusterfs|juicefs|rclone|s3fs|sshfs)"
 )
@@ -49,7 +49,7 @@ def check_destination(destination: Path, needed_bytes: int) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise DestinationError(f"{parent} cannot be written to by uid {os.geteuid()}")
     kind = file_system_of(parent)
-    if _NETWORK_FILE_SYSTEMS.fullmatch(kind):
+    if NETWORK_FILE_SYSTEMS.fullmatch(kind):
         raise DestinationError(
             f"{parent} lies on a network file system ({kind}); tables need a local disk"
         )

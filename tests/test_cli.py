@@ -26,6 +26,7 @@ COMMANDS = (
     "stats",
     "top",
     "health",
+    "doctor",
     "bench",
     "demo",
     "torture",

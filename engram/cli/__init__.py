@@ -29,6 +29,7 @@ _COMMANDS = (
     "stats",
     "top",
     "health",
+    "doctor",
     "bench",
     "demo",
     "torture",

@@ -14,14 +14,17 @@ _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def memory_allowed(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
-    """Bytes that this process may have at most: of the machine, or of a cgroup above it.
+def memory_allowed(
+    proc: Path = _PROC, cgroups: Path = _CGROUPS, process: int | str = "self"
+) -> int:
+    """Bytes that a process may have at most: of the machine, or of a cgroup above it.
 
     Args:
         proc, cgroups: where procfs and the cgroup hierarchies are mounted.
+        process: its number in procfs; this one when left out.
     """
-    limits = [_meminfo(proc, "MemTotal")]
-    for line in (proc / "self" / "cgroup").read_text().splitlines():
+    limits = [meminfo(proc, "MemTotal")]
+    for line in (proc / str(process) / "cgroup").read_text().splitlines():
         _, controllers, place = line.split(":", 2)
         if not controllers:
             limits += _limits_above(cgroups, place, "memory.max")
@@ -36,7 +39,7 @@ def check_budget(budget: int) -> None:
     Raises:
         ConfigError: it is larger than what is allowed, or than what is free.
     """
-    allowed, free = memory_allowed(), _meminfo(_PROC, "MemAvailable")
+    allowed, free = memory_allowed(), meminfo(_PROC, "MemAvailable")
     if budget > allowed:
         raise ConfigError(
             f"a RAM tier of {format_size(budget)} is more than the {format_size(allowed)} that "
@@ -49,7 +52,12 @@ def check_budget(budget: int) -> None:
         )
 
 
-def _meminfo(proc: Path, name: str) -> int:
+def meminfo(proc: Path, name: str) -> int:
+    """Bytes that `/proc/meminfo` says under a name.
+
+    Raises:
+        ConfigError: it does not say it.
+    """
     for line in (proc / "meminfo").read_text().splitlines():
         key, _, rest = line.partition(":")
         if key == name:
