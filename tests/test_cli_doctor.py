@@ -12,11 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attaching import until
+from scraping import key, samples_at
 from sidecars import Sidecar
 from test_cli import engram
 
 from engram.cli._checks import CHECKS, REJECTED, findings
-from engram.cli._facts import Facts, TableFacts, cached_bytes, huge_pages, process_at, table_facts
+from engram.cli._facts import (
+    Facts,
+    TableFacts,
+    cached_bytes,
+    facts_of,
+    huge_pages,
+    process_at,
+    table_facts,
+    tables_of,
+)
 from engram.cli._readings import Reading
 from engram.errors import RowIntegrityError
 from engram.remote import connect
@@ -234,7 +244,10 @@ def test_a_sidecar_without_and_with_troubles(tmp_path, v41_table):
         found, unseen = _diagnosis(running.http)
         assert (found.keys() & ITS_OWN, unseen) == (set(), [])
         port = int(running.http.rpartition(":")[2])
+        life = samples_at(running.http)[key("process_start_time_seconds")]
+        assert process_at(port, life) == running.process.pid
         assert process_at(port, 0.0) is None, "of another life"
+        assert tables_of(running.process.pid) == [v41_table]
         with connect(running.address, "v"):
             found, _ = _diagnosis(running.http)
             assert found.keys() & ITS_OWN == {"leases_at_limit"}
@@ -269,6 +282,13 @@ def test_a_table_alone(tmp_path, v41_table):
     assert "sidecar's" not in done.stdout
     empty = engram("doctor", "--path", tmp_path)
     assert (empty.returncode, empty.stderr.count("\n")) == (1, 1)
+
+
+def test_of_another_host_only_the_figures_are_looked_at(v41_table):
+    facts = facts_of(_reading(leases=1, leases_max=1), "far.example:9471", v41_table)
+    assert next(each.check for each in findings(facts)) == "leases_at_limit"
+    assert "far.example:9471" in facts.unseen[0]
+    assert [table.path for table in facts.tables] == [v41_table]
 
 
 def test_nobody_to_look_at():

@@ -68,7 +68,7 @@ def test_a_machine_that_does_not_say_is_refused(tmp_path):
 
 def test_a_budget_must_be_allowed_and_free(monkeypatch):
     known = {"MemTotal": 8 * GIB, "MemAvailable": 2 * GIB}
-    monkeypatch.setattr(limits, "_meminfo", lambda proc, name: known[name])
+    monkeypatch.setattr(limits, "meminfo", lambda proc, name: known[name])
     monkeypatch.setattr(limits, "memory_allowed", lambda: 8 * GIB)
     for budget in (0, 2 * GIB):
         check_budget(budget)

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -17,6 +18,7 @@ from engram.cli._readings import Reading
 _PROC = Path("/proc")
 _SYS = Path("/sys")
 _LISTENING = "0A"
+_CAP_IPC_LOCK = 14
 _PIECE_BYTES = 1 << 30
 """Of a file asked about at once."""
 
@@ -80,37 +82,41 @@ def facts_of(reading: Reading | None, target: str | None, path: Path | None) -> 
         path: a table's directory besides.
     """
     from engram._channel import is_loopback, split_port
+    from engram.errors import StoreError
     from engram.ram.limits import meminfo, memory_allowed
 
-    paths, unseen = [path] if path is not None else [], []
+    tables = [table_facts(path)] if path is not None else []
+    unseen: list[str] = []
     if reading is not None and target is not None:
         host, port = split_port(target)
         if not is_loopback(host):
             said = f"the machine, process and tables of {target}: run this on its host"
-            return Facts(reading, tuple(map(table_facts, paths)), unseen=(said,))
+            return Facts(reading, tuple(tables), unseen=(said,))
         process = process_at(port, reading.life)
     else:
         process = None
-    policy, allowed = "", None
+    policy, allowed, served = "", None, list[Path]()
     if process is not None:
         try:
-            paths += tables_of(process)
+            served = [each for each in tables_of(process) if path is None or each != path.resolve()]
             policy = arena_policy(process)
             allowed = memory_allowed(process=process)
         except OSError as error:
             unseen.append(f"all of process {process} ({error.strerror}): run this as its user")
     elif reading is not None:
         unseen.append("the sidecar's process and tables: run this as its user, beside it")
-    tables = tuple(table_facts(each) for each in dict.fromkeys(paths))
+    for each in served:
+        try:
+            tables.append(table_facts(each))
+        except StoreError as error:
+            # The process may see other directories than this one, being in a container.
+            unseen.append(f"a table that is served: {error}")
     uncached = [str(each.path) for each in tables if each.cached_bytes is None]
     if uncached:
         unseen.append(f"the page cache of {', '.join(uncached)}: run this as its owner")
-    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    # Locking is not limited for root.
-    unlimited = limit == resource.RLIM_INFINITY or not os.geteuid()
     return Facts(
         reading=reading,
-        tables=tables,
+        tables=tuple(tables),
         allowed_bytes=allowed,
         memory_bytes=meminfo(_PROC, "MemTotal"),
         free_bytes=meminfo(_PROC, "MemAvailable"),
@@ -118,7 +124,7 @@ def facts_of(reading: Reading | None, target: str | None, path: Path | None) -> 
         numa_nodes=max(1, len(list((_SYS / "devices/system/node").glob("node[0-9]*")))),
         arena_policy=policy,
         huge_pages=huge_pages(),
-        memlock_bytes=inf if unlimited else limit,
+        memlock_bytes=_memlock_bytes(),
         gpus=Path("/dev/nvidiactl").exists(),
         unseen=tuple(unseen),
     )
@@ -141,8 +147,18 @@ def process_at(port: int, started: float) -> int | None:
                 sockets.add(f"socket:[{fields[9]}]")
     for process in filter(str.isdecimal, os.listdir(_PROC)):
         if sockets & set(_links(_PROC / process / "fd")):
-            return int(process) if abs(_started(process) - started) < 1 else None
+            with suppress(OSError):
+                return int(process) if abs(_started(process) - started) < 1 else None
     return None
+
+
+def _memlock_bytes() -> float:
+    """What this process may lock: all, where it has the capability to."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    status = (_PROC / "self" / "status").read_text()
+    capabilities = re.search(r"^CapEff:\s*(\w+)$", status, re.MULTILINE)
+    privileged = capabilities is not None and int(capabilities[1], 16) >> _CAP_IPC_LOCK & 1
+    return inf if privileged or limit == resource.RLIM_INFINITY else limit
 
 
 def _links(folder: Path) -> Iterator[str]:
@@ -164,8 +180,7 @@ def tables_of(process: int) -> list[Path]:
     from engram.store.manifest import DATA_FILE
 
     found = re.findall(rf"(/.*)/{DATA_FILE}$", (_PROC / str(process) / "maps").read_text(), re.M)
-    # As the process sees them, which may be in a container.
-    return [place for name in dict.fromkeys(found) if (place := Path(name)).is_dir()]
+    return [Path(name) for name in dict.fromkeys(found)]
 
 
 def arena_policy(process: int) -> str:
