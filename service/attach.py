@@ -121,6 +121,11 @@ class AttachServer:
             "manifest": self._handshake.manifest_bytes,
         }
 
+    @property
+    def serving(self) -> bool:
+        """Whether connections are being looked after, or there is no socket for any."""
+        return self._thread.is_alive() or not self._listeners
+
     def drain(self) -> None:
         """Refuse new clients; those attached stay."""
         self._draining = True

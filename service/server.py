@@ -36,6 +36,8 @@ from engram.service._endpoint import Endpoint
 from engram.service._fetch import Leases
 from engram.service._handshake import OpenFiles
 from engram.service._history import History
+from engram.service._notify import Notifier, Watchdog
+from engram.service._self_check import answers, place_to_ask
 from engram.service._traffic import Traffic
 from engram.service.attach import AttachServer
 from engram.service.config import Config, Limits, TlsConfig
@@ -212,14 +214,18 @@ def run(config: Config, open_tier: Callable[[Path], Tier] = open_table) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     logging.basicConfig(stream=sys.stderr, format="engram: %(levelname)s: %(message)s")
+    notifier = Notifier()
     with ExitStack() as held:
         _allow_many_files()
         endpoint = Endpoint(config.http)
         held.callback(endpoint.stop)
         for path in config.sockets:
             held.callback(SocketClaim(path).release)
-        _say(f"serving {_start(config, open_tier, endpoint, held)}; ready")
+        served = _start(config, open_tier, endpoint, notifier, held)
+        _say(f"serving {served}; ready")
+        notifier.ready(served)
         stopping.wait()
+        notifier.stopping()
         _say("stopping; running requests are finished first")
     return 0
 
@@ -263,7 +269,11 @@ def _open_tables(
 
 
 def _start(
-    config: Config, open_tier: Callable[[Path], Tier], endpoint: Endpoint, held: ExitStack
+    config: Config,
+    open_tier: Callable[[Path], Tier],
+    endpoint: Endpoint,
+    notifier: Notifier,
+    held: ExitStack,
 ) -> str:
     """Open and serve everything; what must be stopped and closed is `held`. What is served."""
     boot_id = secrets.token_bytes(16)
@@ -287,6 +297,9 @@ def _start(
         boot_id=boot_id.hex(),
         traffic=traffic,
     )
+    # Stopped after the server, whose end may take longer than a period.
+    watchdog = _watchdog(config, notifier, attach, server)
+    held.callback(watchdog.stop)
     held.callback(server.stop)
     held.callback(attach.drain)
     held.callback(endpoint.drain)
@@ -298,7 +311,24 @@ def _start(
         said += f"; status and metrics at {endpoint.url}"
     server.start()
     attach.start()
+    watchdog.start()
     return f"{_listing(tiers)} on {', '.join(map(str, server.addresses))}; {said}"
+
+
+def _watchdog(config: Config, notifier: Notifier, attach: AttachServer, server: Server) -> Watchdog:
+    """What tells that new clients get an answer.
+
+    Raises:
+        ConfigError: it is wanted, but there is no way to find out.
+    """
+    target = ""
+    if notifier.period_s:
+        target = place_to_ask(server.addresses, encrypted=config.tls is not None)
+
+    def check(timeout_s: float) -> bool:
+        return attach.serving and answers(target, timeout_s)
+
+    return Watchdog(notifier, check)
 
 
 def _allow_many_files() -> None:
