@@ -39,7 +39,7 @@ def answers(target: str, timeout_s: float) -> bool:
     are not read: a slow disk is not mended by a new process, while clients have their hits.
     """
     with open_channel(target, Tls()) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        stub = health_pb2_grpc.HealthStub(channel)
         try:
             stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=timeout_s)
         except grpc.RpcError:

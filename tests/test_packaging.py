@@ -12,6 +12,15 @@ import zipfile
 import pytest
 from test_tidy import ROOT
 
+SHARED = (
+    "grafana/engram.json",
+    "kubernetes/daemonset.yaml",
+    "kubernetes/pod.yaml",
+    "operations.md",
+    "prometheus/alerts.yml",
+    "systemd/engram.service",
+)
+
 
 def run(*command, **options):
     done = subprocess.run(
@@ -59,7 +68,9 @@ def python(wheel, tmp_path_factory):
 def test_one_import_package_and_nothing_beside_it(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"engram"}
+    assert {top for top in tops if not top.endswith((".dist-info", ".data"))} == {"engram"}
+    shared = {name.partition(".data/data/")[2] for name in names if ".data/" in name}
+    assert shared == {f"share/engram/{name}" for name in SHARED}
     assert "engram/py.typed" in names
     assert not [name for name in names if "test" in name]
 
