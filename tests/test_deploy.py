@@ -87,7 +87,8 @@ def test_the_image_runs_the_sidecar_as_nobody_special():
 def test_the_image_has_no_torch_and_what_the_wheel_needs():
     installs = [rest for word, rest in _instructions() if word == "RUN"]
     assert not [rest for rest in installs if "torch" in rest or ".whl[" in rest]
-    copied = {part.split()[0] for word, part in _instructions() if word == "COPY"}
+    copies = [part.split()[:-1] for word, part in _instructions() if word == "COPY"]
+    copied = {source for sources in copies for source in sources}
     for needed in ("pyproject.toml", "README.md", "LICENSE", "engram", "deploy", "docs"):
         assert needed in copied
         assert (ROOT / needed).exists()
