@@ -15,6 +15,11 @@
     key = "server.key"
     client_ca = "clients.pem"
 
+    [hotset]                    # which n-grams are in memory, to begin with them after a restart
+    directory = "/var/lib/engram"
+    every_seconds = 300.0       # between two writings
+    ngrams_per_second = 20000   # read back at most
+
     [limits]
     request_rows = 1048576      # rows that one request may ask for
     request_bytes = "16MiB"     # size of one request
@@ -42,7 +47,7 @@ from engram.errors import ConfigError
 from engram.service.sockets import HTTP_DEFAULT, Address, parse_address, parse_http
 from engram.sizes import parse_size
 
-_SECTIONS = ("tls", "limits")
+_SECTIONS = ("tls", "limits", "hotset")
 _LISTS = {"ENGRAM_LISTEN": "listen", "ENGRAM_ATTACH_UIDS": "attach_uids"}
 _SCALARS = {"ENGRAM_RAM": "ram", "ENGRAM_HTTP": "http", "ENGRAM_HTTP_PUBLIC": "http_public"}
 # Not settings: where compiled code is kept, and what Kubernetes sets for a Service named engram.
@@ -82,6 +87,14 @@ class TlsConfig(_Frozen):
     client_ca: Path
 
 
+class HotSetConfig(_Frozen):
+    """Lists of the n-grams in memory, written to disk and read back at the next start."""
+
+    directory: Path
+    every_seconds: float = Field(default=300.0, ge=1.0, le=86_400.0)
+    ngrams_per_second: float = Field(default=20_000.0, ge=1.0, le=1e9)
+
+
 class Limits(_Frozen):
     """What clients may ask for."""
 
@@ -103,6 +116,7 @@ class Config(_Frozen):
     http_public: bool = False
     tls: TlsConfig | None = None
     limits: Limits = Limits()
+    hotset: HotSetConfig | None = None
 
     @property
     def sockets(self) -> tuple[Path, ...]:

@@ -41,6 +41,7 @@ from engram.service._self_check import answers, place_to_ask
 from engram.service._traffic import Traffic
 from engram.service.attach import AttachServer
 from engram.service.config import Config, Limits, TlsConfig
+from engram.service.hot_set import HotSets
 from engram.service.servicer import Servicer
 from engram.service.sockets import Address, SocketClaim, require_free_port, socket_mode
 from engram.sizes import format_size
@@ -278,6 +279,7 @@ def _start(
     """Open and serve everything; what must be stopped and closed is `held`. What is served."""
     boot_id = secrets.token_bytes(16)
     tiers, files, said = _open_tables(config, boot_id, open_tier, held)
+    hot_sets = None if config.hotset is None else HotSets(tiers, config.hotset)
     traffic = Traffic(tiers)
     attach = AttachServer(
         config.sockets,
@@ -312,6 +314,9 @@ def _start(
     server.start()
     attach.start()
     watchdog.start()
+    if hot_sets is not None:
+        hot_sets.start()
+        held.callback(hot_sets.stop)
     return f"{_listing(tiers)} on {', '.join(map(str, server.addresses))}; {said}"
 
 

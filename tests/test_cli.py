@@ -26,6 +26,7 @@ COMMANDS = (
     "stats",
     "top",
     "health",
+    "warm",
     "doctor",
     "bench",
     "demo",

@@ -29,6 +29,7 @@ _COMMANDS = (
     "stats",
     "top",
     "health",
+    "warm",
     "doctor",
     "bench",
     "demo",

@@ -95,6 +95,10 @@ def toml_lines(config: Config, origins: Mapping[str, str] | None = None) -> Iter
         yield from ("", "[tls]")
         for name, path in config.tls:
             yield line(f"tls.{name}", str(path))
+    if config.hotset is not None:
+        yield from ("", "[hotset]")
+        for name, value in config.hotset:
+            yield line(f"hotset.{name}", str(value) if isinstance(value, Path) else value)
     yield from ("", "[limits]")
     for name, value in config.limits:
         yield line(f"limits.{name}", _size(value) if name.endswith("_bytes") else value)

@@ -14,6 +14,7 @@ from engram._jit import (
     fence_release,
     kernel,
     load_relaxed,
+    load_u32,
     store_relaxed,
     store_release,
 )
@@ -28,8 +29,10 @@ from engram.ram._directory import (
     write_head,
 )
 from engram.ram._policy import admit, free_slot, refuse
-from engram.ram.layout import unpack_view
+from engram.ram.layout import HEAD_IDS, HEAD_ORDER, HEAD_TABLE, unpack_view
 
+_PLACE = 0x0F
+"""The bits of a slot's state that say where it is."""
 _U64 = np.uint64
 
 
@@ -71,6 +74,35 @@ def fill(packed_view, windows, orders, bundles, prefetched, writer):
             admit(view, writer, slot, hashed, prefetched)
         else:
             refuse(view, writer)
+
+
+@kernel
+def list_keys(packed_view, state, place, first, last, windows, orders):
+    """The n-grams of a table whose slots in `[first, last)` are in a place. For the writer alone.
+
+    Args:
+        state: uint8 `[slots]`, of the writer.
+        place: see `engram.ram._policy`.
+        windows, orders: int32 `[N, max_order]`, `[N]`, set from the front, as many as there is room
+            for.
+
+    Returns:
+        how many there are.
+    """
+    view = unpack_view(packed_view)
+    found = 0
+    for slot in range(first, last):
+        if found == len(orders):
+            break
+        head = head_of(view, slot)
+        if state[slot] & _PLACE == place and load_u32(head + HEAD_TABLE) == view.table:
+            order = np.int32(load_u32(head + HEAD_ORDER))
+            orders[found] = order
+            for s in range(windows.shape[1]):
+                ids = np.int32(load_u32(head + HEAD_IDS + 4 * s)) if s < order else np.int32(-1)
+                windows[found, s] = ids
+            found += 1
+    return found
 
 
 @kernel

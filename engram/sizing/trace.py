@@ -80,8 +80,11 @@ class Trace:
             )
 
 
-def write_trace(path: Path, trace: Trace) -> None:
+def write_trace(path: Path, trace: Trace, *, replace: bool = False) -> None:
     """Write a whole file, or none.
+
+    Args:
+        replace: take the place of a file that is there.
 
     Raises:
         TraceError: the file exists.
@@ -105,14 +108,19 @@ def write_trace(path: Path, trace: Trace) -> None:
     )
     windows = np.ascontiguousarray(trace.windows, "<i4").tobytes()
     body = b"".join([header, lookups.tobytes(), trace.orders.tobytes(), windows])
-    if path.exists():
+    if path.exists() and not replace:
         raise TraceError(f"{path} exists; remove it, or name another file")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb") as stream:
             stream.write(body + xxhash.xxh3_128_digest(body))
-        os.link(unfinished, path)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if replace:
+            unfinished.replace(path)
+        else:
+            os.link(unfinished, path)
     except FileExistsError:
         raise TraceError(f"{path} exists; remove it, or name another file") from None
     finally:
