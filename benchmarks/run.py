@@ -16,6 +16,7 @@ import bench_long
 import bench_lookup
 import bench_misses
 import bench_peers
+import bench_running
 import bench_sizing
 from report import Line, save, show
 
@@ -26,7 +27,19 @@ from engram.ssd import schema_of
 from engram.store.synth import SyntheticSource
 from engram.store.writer import build_table
 
-PARTS = ("hash", "hits", "peers", "misses", "long", "sizing", "warm", "cold", "grpc", "import")
+PARTS = (
+    "hash",
+    "hits",
+    "peers",
+    "misses",
+    "long",
+    "sizing",
+    "running",
+    "warm",
+    "cold",
+    "grpc",
+    "import",
+)
 
 ON_ONE_TABLE = {
     "hits": bench_hits,
@@ -34,6 +47,7 @@ ON_ONE_TABLE = {
     "misses": bench_misses,
     "long": bench_long,
     "sizing": bench_sizing,
+    "running": bench_running,
 }
 
 

@@ -11,7 +11,10 @@ import sys
 import pytest
 from test_tidy import ROOT
 
-PARTS = ("hash", "hits", "peers", "misses", "long", "sizing", "warm", "cold", "grpc", "import")
+PARTS = (
+    *("hash", "hits", "peers", "misses", "long", "sizing", "running"),
+    *("warm", "cold", "grpc", "import"),
+)
 
 
 @pytest.mark.parametrize("part", PARTS)
