@@ -28,10 +28,14 @@ Int32s = npt.NDArray[np.int32]
 TOKENS, LOOKUP_TOKENS, SAMPLES_LEVEL_SMOKE = 2_000_000, 512, 2
 ERROR_BAR, COST_BAR = 0.02, 0.01
 _FED_AT_ONCE = 65_536
-_RUST = Path("/root/.rustup/toolchains/stable-x86_64-unknown-linux-gnu/share/doc/rust/html")
+_RUST = sorted(Path.home().glob(".rustup/toolchains/stable-*/share/doc/rust/html"))
 PROSE = [
     *map(Path, ("/usr/share/vim/vim90/doc", "/usr/share/doc/git", "/usr/share/doc/nodejs")),
-    *(_RUST / book for book in ("book", "cargo", "edition-guide", "nomicon", "reference")),
+    *(
+        books / book
+        for books in _RUST[:1]
+        for book in ("book", "cargo", "edition-guide", "nomicon", "reference")
+    ),
     Path("/usr/share/common-licenses"),
 ]
 """Manuals, books, release notes, licences: what of it is on this machine."""
