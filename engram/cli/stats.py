@@ -13,19 +13,20 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 10.0
 DEFAULT = "127.0.0.1:9471"
+TARGET = typer.Argument(
+    DEFAULT,
+    help="Where the sidecar answers HTTP: what serve was told with --http.",
+    metavar="[HOST:PORT]",
+    envvar="ENGRAM_HTTP",
+    show_envvar=True,
+)
 _ANSWER_BYTES_MAX = 64 << 20
 
 
 def register(app: typer.Typer) -> None:
     @app.command()
     def stats(
-        target: str = typer.Argument(
-            DEFAULT,
-            help="Where the sidecar answers HTTP: what serve was told with --http.",
-            metavar="[HOST:PORT]",
-            envvar="ENGRAM_HTTP",
-            show_envvar=True,
-        ),
+        target: str = TARGET,
         as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
     ) -> None:
         """Show the counters and sizes of a running sidecar: those that /metrics gives.

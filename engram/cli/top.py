@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from engram.cli.stats import DEFAULT
+from engram.cli.stats import TARGET
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,13 +22,7 @@ _PATIENCE_S = 2.0
 def register(app: typer.Typer) -> None:
     @app.command()
     def top(
-        target: str = typer.Argument(
-            DEFAULT,
-            help="Where the sidecar answers HTTP: what serve was told with --http.",
-            metavar="[HOST:PORT]",
-            envvar="ENGRAM_HTTP",
-            show_envvar=True,
-        ),
+        target: str = TARGET,
         interval: float = typer.Option(2.0, min=0.1, max=3600.0, help="Seconds between readings."),
         once: bool = typer.Option(False, "--once", help="Show one interval, then exit."),
         as_json: bool = typer.Option(
