@@ -39,18 +39,20 @@ def _reading(at, life=1.0, table="t", **served):
 
 @contextmanager
 def _traffic(address):
-    """Ever new n-grams, looked up over gRPC."""
-    over = threading.Event()
+    """Ever new n-grams, looked up over gRPC, from the first one answered on."""
+    begun, over = threading.Event(), threading.Event()
 
     def work():
         tokens = np.random.default_rng(1)
         with remote_table(address, "one") as table:
             while not over.wait(0.01):
                 table.lookup(tokens.integers(3, 500, 20))
+                begun.set()
 
     thread = threading.Thread(target=work)
     thread.start()
     try:
+        assert begun.wait(60)
         yield
     finally:
         over.set()
