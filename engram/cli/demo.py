@@ -110,7 +110,8 @@ def _plan(table: Path, tokens: int, steps: int, ram: str) -> None:
 
     console.print("[bold]engram plan[/bold] for this traffic")
     trace = recorded(table, CLIENTS, tokens, steps)
-    show(make_plan(trace, Geometry.of(table), drive_of(table), ram=parse_size(ram)))
+    # The budget is shared with the model's table, whose n-grams are of another size.
+    show(make_plan(trace, Geometry.of(table), drive_of(table), ram=parse_size(ram) // 2))
 
 
 def _synthetic_table(path: Path, vocab_size: int) -> dict[str, Any]:
